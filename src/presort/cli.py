@@ -1,0 +1,20 @@
+"""The commands: parse, wire, start. `presort --help` tells what there is."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the `presort` command."""
+    try:
+        from presort.commands import app  # noqa: PLC0415 - only here can a missing extra be told in one line
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] in {"typer", "rich", "click"}:
+            sys.exit('presort: the commands need an extra: pip install "presort[cli]"')
+        raise
+    app()
+
+
+if __name__ == "__main__":
+    main()

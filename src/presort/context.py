@@ -1,0 +1,105 @@
+"""What the caller asked for: the route, the deadline, the group and the run, in context variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+
+from presort.config import Batching
+from presort.engine import Group, Run
+from presort.errors import ConfigurationError
+from presort.request import Route
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A route that was asked for, and by whom."""
+
+    route: Route
+    deadline_seconds: float | None = None
+    """`None` takes `batching.deadline_seconds`."""
+    owner: object | None = None
+    """The wrapped object it holds for; `None` is every one below."""
+    group: Group | None = None
+    batching: Batching | None = None
+
+
+_wish: ContextVar[Wish | None] = ContextVar("presort_wish", default=None)
+_run: ContextVar[Run | None] = ContextVar("presort_run", default=None)
+
+
+@contextmanager
+def batch(*, deadline: float | None = None) -> Iterator[None]:
+    """Send every call below by the batch route where its vendor, the configuration and the call allow.
+
+    Args:
+        deadline: Seconds from each call until its answer must be there; then the standard route takes over.
+
+    Example:
+        >>> with presort.batch(deadline=6 * 3600):
+        ...     answers = chain.map().invoke(documents)
+    """
+    if deadline is not None and not deadline > 0:
+        raise ConfigurationError(f"`deadline` must be a positive number of seconds, got {deadline!r}")
+    with asked(Wish(Route.BATCH, deadline)):
+        yield
+
+
+@contextmanager
+def urgent() -> Iterator[None]:
+    """Send every call below by the standard route, at once, whatever was asked for outside."""
+    with asked(Wish(Route.STANDARD)):
+        yield
+
+
+@contextmanager
+def run(name: str) -> Iterator[None]:
+    """Name the run that calls below belong to.
+
+    Answers of a named run are replayed if the program is run again, until `finish_run(name)` or `replay_seconds`.
+    Equal calls are matched by count: the third one gets the third one's answer.
+    """
+    if not name or len(name) > 200:  # noqa: PLR2004
+        raise ConfigurationError(f"a run's name has 1 to 200 characters, got {name!r}")
+    token = _run.set(Run(name))
+    try:
+        yield
+    finally:
+        _run.reset(token)
+
+
+@contextmanager
+def asked(wish: Wish) -> Iterator[None]:
+    """Set the wish for calls below."""
+    token = _wish.set(wish)
+    try:
+        yield
+    finally:
+        _wish.reset(token)
+
+
+def wish_for(owner: object | None) -> Wish | None:
+    """Return what was asked for calls of a wrapped object, or `None`: a wish of another object does not count."""
+    wish = _wish.get()
+    if wish is None or (wish.owner is not None and wish.owner is not owner):
+        return None
+    return wish
+
+
+def current_wish() -> Wish | None:
+    """Return what was asked for, by whomever."""
+    return _wish.get()
+
+
+def current_run() -> Run | None:
+    """Return the run calls belong to now: the context's, else the one `PRESORT_RUN` names."""
+    return _run.get() or _environment_run(os.environ.get("PRESORT_RUN"))
+
+
+@cache
+def _environment_run(name: str | None) -> Run | None:
+    return Run(name) if name else None

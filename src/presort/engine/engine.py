@@ -1,0 +1,311 @@
+"""The engine: one event loop in a thread of its own, shared by every caller of the process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from presort.config import Batching, Settings
+from presort.engine.accumulator import Accumulator, Group, Parcel, Run
+from presort.engine.core import Core, new_id
+from presort.engine.keyring import Link
+from presort.engine.poller import Poller
+from presort.engine.settler import Settler
+from presort.engine.stream import Stream
+from presort.engine.submitter import Submitter
+from presort.engine.worker import Worker
+from presort.errors import ClosedError, DeadlockError
+from presort.pricing import cost
+from presort.providers import provider
+from presort.providers.base import Reply
+from presort.request import BatchKey, Outcome, Payload, Route, Usage, custom_id
+from presort.store import Store
+from presort.store.base import JobView, LedgerRow, LedgerTotal, QueueView, Spend
+from presort.telemetry import logger
+
+T = TypeVar("T")
+
+_CLOSE_SECONDS = 1.5
+
+class Engine:
+    """Takes payloads, gives outcomes. Thread-safe; none of its blocking methods may be called on its own thread.
+
+    The core verb is `stream`. `park` is the same for one payload whose caller waits.
+    """
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self.settings = settings
+        self.store = store
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._futures: set[Future[Outcome]] = set()
+        self.streams: set[Stream] = set()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._main, name="presort-engine", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    # -- callers -------------------------------------------------------------------------------------------------
+    def account(self, key: str) -> str:
+        """Name the account a key pays for."""
+        return self.core.keyring.account(key)
+
+    def lacks_batch_api(self, base_url: str) -> bool:
+        """Whether a base URL has answered as if it had no Batch API."""
+        return base_url in self.core.no_batch_api
+
+    def park(
+        self,
+        payload: Payload,
+        *,
+        deadline_seconds: float | None = None,
+        batching: Batching | None = None,
+        run: Run | None = None,
+        group: Group | None = None,
+        link: Link | None = None,
+    ) -> Future[Outcome]:
+        """Hand in one payload; the future resolves to its outcome, perhaps hours later.
+
+        Cancelling the future withdraws the request if it has not been submitted; else it is collected all the same.
+
+        Raises:
+            ClosedError: The engine was closed.
+        """
+        future: Future[Outcome] = Future()
+
+        def settled(request_id: str, outcome: Outcome) -> None:
+            with self._lock:
+                self._futures.discard(future)
+            if future.set_running_or_notify_cancel():
+                future.set_result(outcome)
+                self.accumulator.hand_out(request_id)
+
+        parcel = self.parcel(payload, settled, deadline_seconds, batching, run, group, link)
+        with self._lock:
+            self.check_open()
+            self._futures.add(future)
+        future.add_done_callback(lambda done: self._withdraw(parcel) if done.cancelled() else None)
+        self.accumulator.put([parcel])
+        return future
+
+    def stream(
+        self,
+        payloads: Iterable[Payload],
+        *,
+        run: str | None = None,
+        deadline_seconds: float | None = None,
+        batching: Batching | None = None,
+        link: Link | None = None,
+    ) -> Stream:
+        """Hand in payloads as they are drawn from an iterable; iterate the result for the outcomes, in input order.
+
+        The iterable is drawn in a thread of its own. Its end closes the group, which is sent at once. Neither side
+        is held in memory: prompts and answers lie in the store.
+        """
+        self.check_open()
+        session = Run(run) if run is not None else None
+        return Stream(self, payloads, session, deadline_seconds, batching, link)
+
+    def finish_run(self, run: str) -> None:
+        """Finish a named run: its answers are deleted, and the same name starts anew next time."""
+        self.call(self._finish_run(run))
+
+    def book_standard(self, key: BatchKey, usage: Usage | None, at: float) -> None:
+        """Note, without waiting, what a call cost that a client sent by the standard route itself."""
+        price = cost(key.provider, key.base_url, key.model, usage, Route.STANDARD, at)
+        row = LedgerRow(
+            custom_id=custom_id(new_id(at), 0),
+            spend=Spend.PAID,
+            route=Route.STANDARD,
+            provider=key.provider,
+            model=key.model,
+            account=key.account,
+            at=at,
+            usage=usage,
+            baseline_usd=price.baseline_usd,
+            actual_usd=price.actual_usd,
+        )
+        if not self._closed:
+            self._loop.call_soon_threadsafe(self.accumulator.book, row)
+
+    def flush(self) -> None:
+        """Send what accumulates now, without waiting for more."""
+        self.call(self.accumulator.flush())
+
+    def nudge(self) -> None:
+        """Tell the engine that a group has changed."""
+        if not self._closed:
+            self.accumulator.nudge()
+
+    def drain(self, timeout_seconds: float | None = None) -> bool:
+        """Flush, then wait until nobody in this process waits for an outcome; `False` if time ran out first."""
+        self.flush()
+        idle = threading.Event()
+
+        async def watch() -> None:
+            while self.core.waiters:  # noqa: ASYNC110 - waiters come and go in many places; a poll is simplest
+                await asyncio.sleep(0.05)
+            await self.accumulator.flush_handed_out()
+            idle.set()
+
+        future = asyncio.run_coroutine_threadsafe(watch(), self._loop)
+        done = idle.wait(timeout_seconds)
+        future.cancel()
+        return done
+
+    def jobs(self, *, all_jobs: bool = False) -> tuple[list[JobView], list[QueueView]]:
+        """Return the jobs in the store, and what is queued without one."""
+
+        async def read() -> tuple[list[JobView], list[QueueView]]:
+            core = self.core
+            views = await core.db(core.store.job_views, core.clock(), all_jobs=all_jobs)
+            return views, await core.db(core.store.queue_views)
+
+        return self.call(read())
+
+    def totals(self, run: str | None = None, since: float | None = None) -> list[LedgerTotal]:
+        """Sum the ledger, of one run or of all."""
+        return self.call(self.core.db(self.core.store.totals, run, since))
+
+    def run_totals(self, run: str) -> list[LedgerTotal]:
+        """Sum what a named run has cost since it was opened."""
+
+        async def read() -> list[LedgerTotal]:
+            core = self.core
+            await self.accumulator.flush_handed_out()
+            since = await core.db(core.store.opened_at, run)
+            return await core.db(core.store.totals, run, since)
+
+        return self.call(read())
+
+    def look(self, base_url: str, provider_name: str, path: str, link: Link) -> Reply:
+        """Ask a vendor something harmless with a live key, to see that it answers; raises `ChannelError`."""
+        key = BatchKey(provider_name, base_url, self.account(link.key), "", "")
+
+        async def ask() -> Reply:
+            self.core.keyring.remember(key, link)
+            channel = await self.core.keyring.channel(key)
+            assert channel is not None  # noqa: S101 - it was remembered just now
+            return await channel.send("GET", path, headers=dict(provider(provider_name).standing_headers))
+
+        return self.call(ask())
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody in this process waits for an outcome."""
+        return not self._closed and (bool(self._futures) or bool(self.streams))
+
+    def close(self, *, error: Callable[[], BaseException] = lambda: ClosedError("presort was closed")) -> None:
+        """Stop. Work in flight stays in the store for the next process; callers that still wait get `error`."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            futures, self._futures = self._futures, set()
+            streams = set(self.streams)
+        for stream in streams:
+            stream.fail(error())
+        for future in futures:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error())
+        if threading.current_thread() is not self._thread and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(_CLOSE_SECONDS)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+    def parcel(  # noqa: PLR0913 - all a caller can ask for
+        self,
+        payload: Payload,
+        listener: Callable[[str, Outcome], None],
+        deadline_seconds: float | None,
+        batching: Batching | None,
+        run: Run | None,
+        group: Group | None,
+        link: Link | None,
+    ) -> Parcel:
+        """Wrap a payload up for the accumulator."""
+        chosen = batching or self.settings.batching
+        seconds = chosen.deadline_seconds if deadline_seconds is None else deadline_seconds
+        payload_hash = payload.hash
+        return Parcel(
+            payload=payload,
+            payload_hash=payload_hash,
+            deadline=self.core.clock() + seconds,
+            batching=chosen,
+            listener=listener,
+            run=run,
+            occurrence=run.occurrence(payload_hash) if run is not None else 0,
+            group=group,
+            link=link,
+        )
+
+    def _withdraw(self, parcel: Parcel) -> None:
+        with self._lock:
+            if self._closed:
+                return
+        asyncio.run_coroutine_threadsafe(self.accumulator.withdraw(parcel), self._loop)
+
+    async def _finish_run(self, run: str) -> None:
+        await self.accumulator.flush_handed_out()
+        await self.core.db(self.core.store.finish_run, run, self.core.clock())
+
+    def check_open(self) -> None:
+        """Raise `ClosedError` if the engine was closed."""
+        if self._closed:
+            raise ClosedError("presort was closed")
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the engine's loop and wait for it."""
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise DeadlockError("a blocking call of presort on its own thread would wait for itself")
+        if self._closed:
+            work.close()
+            raise ClosedError("presort was closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._live())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever starts or uses the engine
+            self._failure = error
+            if self._ready.is_set():
+                logger.exception("presort's engine has stopped")
+                self.close(error=lambda: ClosedError(f"presort's engine has stopped: {error!r}"))
+        finally:
+            self._ready.set()
+
+    async def _live(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        core = self.core = Core(self.settings, self.store)
+        self.accumulator = Accumulator(core)
+        settler = Settler(core)
+        worker = Worker(core, Submitter(core, settler), Poller(core, settler), settler)
+        await worker.join()
+        loops: list[asyncio.Task[None]] = [
+            asyncio.create_task(part)
+            for part in (self.accumulator.run(), worker.run(), worker.keep_alive(), settler.run())
+        ]
+        self._ready.set()
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait([*loops, stopped], return_when=asyncio.FIRST_COMPLETED)
+        broken = [task for task in loops if task.done()]
+        for task in loops:
+            task.cancel()
+        await asyncio.gather(*loops, return_exceptions=True)
+        with contextlib.suppress(Exception):
+            await self.accumulator.flush_handed_out()
+            await worker.stop()
+        await core.keyring.close()
+        core.close()
+        self.store.close()
+        for task in broken:
+            task.result()

@@ -1,0 +1,183 @@
+"""kill -9 at every durable step: nothing lost, nothing asked twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emulator_server import EmulatorServer
+
+import presort
+
+PROGRAM = Path(__file__).with_name("worker_program.py")
+COUNT = 25
+
+POINTS = (
+    "accumulator.admit",
+    "accumulator.admitted",
+    "accumulator.formed",
+    "worker.claimed",
+    "submitter.submit",
+    "submitter.uploaded",
+    "submitter.creating",
+    "submitter.created",
+    "submitter.submitted",
+    "poller.ended",
+    "poller.collecting",
+    "poller.collected",
+    "settler.settled",
+    "settler.completed",
+    "caller.noted",
+)
+"""What an undisturbed run passes; a test below holds it against the real thing."""
+
+ONLY_WITH_FILES = {"submitter.uploaded"}
+
+
+def start(options: dict[str, Any], config_home: Path) -> subprocess.Popen[str]:
+    """Start the program with a configuration folder of its own."""
+    source = str(Path(presort.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": source, "XDG_CONFIG_HOME": str(config_home)}
+    command = [sys.executable, str(PROGRAM), json.dumps(options)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 60) -> dict[str, int]:
+    """Wait for a process that must end well; return the points it passed."""
+    out, err = process.communicate(timeout=seconds)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def options_for(emulator: EmulatorServer, tmp_path: Path, provider: str, **more: Any) -> dict[str, Any]:
+    """Say what the program is to do."""
+    return {
+        "url": emulator.url,
+        "store": str(tmp_path / "presort.db"),
+        "output": str(tmp_path / "answers"),
+        "provider": provider,
+        "count": COUNT,
+        **more,
+    }
+
+
+def answers(tmp_path: Path) -> list[tuple[int, str, str, str]]:
+    """Read what was delivered, in order."""
+    rows = [line.split() for line in (tmp_path / "answers").read_text().splitlines()]
+    return [(int(position), digest, kind, route) for position, digest, kind, route in rows]
+
+
+@pytest.fixture
+def emulator():
+    """Run an emulator whose batches take a moment."""
+    with EmulatorServer(batch_seconds=0.2) as server:
+        yield server
+
+
+@pytest.mark.parametrize("provider", ["anthropic", "openai"])
+def test_points(emulator, tmp_path, provider):
+    """An undisturbed run passes every point the kill test kills at, and gives every answer once."""
+    passed = finish(start(options_for(emulator, tmp_path, provider), tmp_path))
+
+    expected = set(POINTS) - (ONLY_WITH_FILES if provider == "anthropic" else set())
+    assert expected == set(passed) & set(POINTS)
+    assert list(range(COUNT)) == [row[0] for row in answers(tmp_path)]
+    assert {"succeeded"} == {row[2] for row in answers(tmp_path)}
+
+
+@pytest.mark.parametrize("provider", ["anthropic", "openai"])
+def test_kill_at_every_point(emulator, tmp_path, provider):
+    """Killed at any durable step, first time or second, the same program again loses nothing and asks nothing twice."""
+    points = [point for point in POINTS if provider == "openai" or point not in ONLY_WITH_FILES]
+    trials = [(point, after) for point in points for after in (0, 1)]
+    for number, (point, after) in enumerate(trials):
+        home = tmp_path / str(number)
+        home.mkdir()
+        before = len(emulator.asked())
+        options = options_for(emulator, home, provider, run="kill")
+        first = start({**options, "kill_at": point, "kill_after": after}, home)
+        first.communicate(timeout=60)
+        assert -signal.SIGKILL == first.returncode, f"{point} was not reached {after + 1} times"
+
+        finish(start(options, home))
+
+        context = f"killed at {point}, time {after + 1}"
+        delivered = {row[0]: row[1] for row in answers(home)}
+        assert set(range(COUNT)) == set(delivered), context
+        for position, digest, kind, route in answers(home):
+            assert ("succeeded", "batch") == (kind, route), context
+            assert delivered[position] == digest, f"{context}: two different answers for {position}"
+        assert COUNT == len(emulator.asked()) - before, f"{context}: asked twice"
+
+
+@pytest.mark.parametrize("provider", ["anthropic", "openai"])
+def test_kill_at_random(emulator, tmp_path, provider):
+    """Killed at random moments again and again, the program ends with every answer, each request asked once."""
+    chance = random.Random(provider)
+    options = options_for(emulator, tmp_path, provider, count=60)
+    kills = 0
+    while kills < 8:
+        process = start(options, tmp_path)
+        try:
+            process.communicate(timeout=0.4 + chance.random() * 1.2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        break
+
+    finish(start(options, tmp_path))
+
+    delivered: dict[int, str] = {}
+    for position, digest, _kind, _route in answers(tmp_path):
+        assert digest == delivered.setdefault(position, digest)
+    assert set(range(60)) == set(delivered)
+    asked = emulator.asked()
+    assert 60 == len(asked) == len(set(asked))
+
+
+def test_unnamed_calls_are_attached_again(emulator, tmp_path):
+    """Unnamed calls killed after submission are not asked again by the next process."""
+    options = options_for(emulator, tmp_path, "anthropic", mode="park")
+    first = start({**options, "kill_at": "poller.collecting"}, tmp_path)
+    first.communicate(timeout=60)
+    assert -signal.SIGKILL == first.returncode
+
+    finish(start(options, tmp_path))
+
+    assert list(range(COUNT)) == sorted(row[0] for row in answers(tmp_path))
+    assert COUNT == len(emulator.asked())
+
+
+def test_handed_out_calls_are_new_calls(emulator, tmp_path):
+    """Unnamed calls whose answers were handed out are asked anew by the next process."""
+    options = options_for(emulator, tmp_path, "anthropic", mode="park")
+    finish(start(options, tmp_path))
+
+    finish(start(options, tmp_path))
+
+    assert 2 * COUNT == len(emulator.asked())
+
+
+def test_two_live_processes(emulator, tmp_path):
+    """Two living processes with the same unnamed prompts get two rows each prompt, and neither the other's answer."""
+    emulator.fault("slow_batch", on="create_batch", times=-1, seconds=2)
+    options = options_for(emulator, tmp_path, "anthropic", mode="park")
+    first = start({**options, "output": str(tmp_path / "first")}, tmp_path)
+    time.sleep(1.0)
+    second = start({**options, "output": str(tmp_path / "second")}, tmp_path)
+    finish(first)
+    finish(second)
+
+    assert 2 * COUNT == len(emulator.asked())
+    assert COUNT == len((tmp_path / "first").read_text().splitlines())
+    assert COUNT == len((tmp_path / "second").read_text().splitlines())
