@@ -143,9 +143,7 @@ class EmulatorServer:
     def asked(self) -> list[str]:
         """Hashes of all requests ever accepted, in batches and as standard calls; other tenants' left out."""
         record = self.record()
-        batches = [
-            sha256 for batch in record["batches"] if not batch["foreign"] for sha256 in batch["sha256"]
-        ]
+        batches = [sha256 for batch in record["batches"] if not batch["foreign"] for sha256 in batch["sha256"]]
         return batches + [call["sha256"] for call in record["calls"]]
 
 

@@ -38,6 +38,20 @@ async def test_send_asks_what_it_was_told():
     assert (f"Bearer {KEY}", "2") == (heard.headers["authorization"], heard.headers["x-version"])
 
 
+async def test_framing_is_the_channels_own():
+    """Host and length of an earlier exchange, handed in with its headers, are not repeated."""
+    stale = {"Host": "elsewhere.example", "Content-Length": "999", "Transfer-Encoding": "chunked"}
+    async with PlainServer(lambda _: answer(b"{}")) as server:
+        await HttpChannel(server.url, KEYED).send("POST", "/v1/x", headers=stale, content=b"hello")
+
+    heard = server.heard[0]
+    assert (server.url, "5", b"hello") == (
+        f"http://{heard.headers['host']}",
+        heard.headers["content-length"],
+        heard.body,
+    )
+
+
 async def test_streamed_body_has_its_length():
     """A streamed body of known length goes out with Content-Length and not in chunks."""
 

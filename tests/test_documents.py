@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -43,10 +44,12 @@ def read(*paths: Path, **options: object) -> list[Document | Rejected]:
 
 
 def ids(items: list[Document | Rejected]) -> list[str]:
+    """List the ids."""
     return [item.id for item in items]
 
 
 def only_reason(*paths: Path, **options: object) -> str:
+    """Read what holds one rejected document, and return the reason."""
     (item,) = read(*paths, **options)
     assert isinstance(item, Rejected)
     assert "\n" not in item.reason
@@ -54,6 +57,7 @@ def only_reason(*paths: Path, **options: object) -> str:
 
 
 def row(document_id: object = "a", text: object = "text") -> str:
+    """Write one line of JSONL."""
     return json.dumps({"id": document_id, "text": text}) + "\n"
 
 
@@ -61,17 +65,20 @@ def row(document_id: object = "a", text: object = "text") -> str:
 
 
 def test_order_is_that_of_the_relative_paths(tmp_path: Path) -> None:
-    """A folder's documents come sorted by their whole relative path, as if all paths had been sorted at once."""
+    """A folder's documents come sorted by their whole relative path, not folder by folder."""
     names = ["b.txt", "a/x.txt", "a-b/x.txt", "a.txt", "a/b/c/d.md", "a b.txt", "A.txt", "a0/x.rst"]
     for name in names:
         put(tmp_path, name)
     assert ids(read(tmp_path)) == sorted(names)
 
 
-@settings(max_examples=60, deadline=None)
+NAMES = st.text("a-.0é", min_size=1, max_size=3).filter(lambda name: name.strip("."))
+
+
+@settings(max_examples=50, deadline=None)
 @given(
     st.sets(
-        st.lists(st.text("a-.0é", min_size=1, max_size=3), min_size=1, max_size=3).map("/".join),
+        st.lists(NAMES, min_size=1, max_size=3).map("/".join),
         max_size=8,
     )
 )
@@ -106,7 +113,7 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_ids_do_not_depend_on_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative and an absolute path to a folder give the same ids; the source is the path as it was given."""
+    """A relative and an absolute path give the same ids; the source is the path as it was given."""
     put(tmp_path, "docs/a/x.txt")
     monkeypatch.chdir(tmp_path)
     (relative,) = read(Path("docs"))
@@ -131,7 +138,7 @@ def test_names_are_composed(tmp_path: Path) -> None:
     put(tmp_path, decomposed)
     put(tmp_path, "z.txt")
     put(tmp_path, "日本語/ファイル.txt")
-    assert ids(read(tmp_path)) == ["z.txt", "é.txt", unicodedata.normalize("NFC", "日本語/ファイル.txt")]
+    assert ids(read(tmp_path)) == ["z.txt", "é.txt", "日本語/ファイル.txt"]
 
 
 @posix
@@ -165,22 +172,18 @@ def test_a_name_that_is_not_unicode_is_rejected(tmp_path: Path) -> None:
 
 def test_deep_folders_are_read(tmp_path: Path) -> None:
     """A folder nested deeper than Python's recursion limit is read."""
-    depth = sys.getrecursionlimit() + 100
-    if sys.platform == "win32" or len(str(tmp_path)) + 2 * depth > 4000:
-        pytest.skip("paths may not be that long here")
-    folders = [tmp_path]
+    folder, depth = tmp_path, 200
+    for _ in range(depth):
+        folder /= "d"
+        folder.mkdir()
+    put(folder, "x.txt")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + depth // 2)
     try:
-        for _ in range(depth):
-            folders.append(folders[-1] / "d")
-            folders[-1].mkdir()
-        file = put(folders[-1], "x.txt")
         (item,) = read(tmp_path)
-        assert item.id == "d/" * depth + "x.txt"
-        file.unlink()
     finally:
-        for folder in reversed(folders[1:]):
-            if folder.exists():
-                folder.rmdir()
+        sys.setrecursionlimit(limit)
+    assert item.id == "d/" * depth + "x.txt"
 
 
 # What is read
@@ -309,7 +312,7 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
 
 
 def test_line_ends_and_marks_do_not_matter(tmp_path: Path) -> None:
-    """A text is the same with Windows', old Macs' or Unix line ends, and with or without a byte order mark."""
+    """A text is the same with any system's line ends, and with or without a byte order mark."""
     for index, content in enumerate((b"a\n\nb\n", b"a\r\n\r\nb\r\n", b"a\r\rb\r", b"\xef\xbb\xbfa\n\nb\n")):
         put(tmp_path, f"{index}.txt", content)
     assert {item.text for item in read(tmp_path) if isinstance(item, Document)} == {"a\n\nb\n"}
@@ -332,7 +335,7 @@ def test_markdown_is_kept_as_it_is(tmp_path: Path) -> None:
         (b"\xef\xbb\xbf", "it holds nothing but white space"),
         (
             "Café crème".encode("latin-1"),
-            "older encoding such as Latin-1 or Windows-1252: byte 0xE9 at offset 3",
+            "such as Latin-1 or Windows-1252: byte 0xE9 at offset 3",
         ),
         (b"\xef\xbb\xbf\xe9t\xe9", "byte 0xE9 at offset 3"),
         ("naïve".encode()[:3], "ends in the middle of a character (byte 0xC3 at offset 2)"),
@@ -375,7 +378,7 @@ def test_a_huge_single_line_is_a_text(tmp_path: Path) -> None:
 
 
 def test_rows_come_in_line_order_with_their_own_ids(tmp_path: Path) -> None:
-    """Rows keep their id and text as they are; their source is the file and the line as an editor counts it."""
+    """Rows keep their id and text; their source is the file and the line as an editor counts it."""
     content = row("z", "one\r\ntwo") + "\n  \n" + row("a", " é\u2028 ") + row("m").rstrip("\n")
     path = put(tmp_path, "in.jsonl", "\ufeff" + content)
     name = path.as_posix()
@@ -410,7 +413,7 @@ def test_rows_come_in_line_order_with_their_own_ids(tmp_path: Path) -> None:
 )
 def test_one_broken_row_costs_only_itself(tmp_path: Path, line: bytes, document_id: str, reason: str) -> None:
     """A bad row in the middle is rejected with its line number; the rows around it are read."""
-    # The rows are longer than what is looked at to tell text from other things, so that each line stands for itself.
+    # The first row is longer than what is looked at to tell text from other things.
     around = row("first", "x" * 5000).encode()
     path = put(tmp_path, "in.jsonl", around + line + b"\n" + row("last").encode())
     first, bad, last = read(path)
@@ -465,7 +468,7 @@ def test_rows_in_a_folder_without_content(tmp_path: Path) -> None:
 
 
 def test_one_id_twice_is_rejected_across_files(tmp_path: Path) -> None:
-    """The second document with an id is rejected, naming both sources, in one file, two files or two kinds."""
+    """The second document with an id is rejected, naming both sources, in one file or several."""
     put(tmp_path, "a.jsonl", row("x") + row("x"))
     put(tmp_path, "b.jsonl", row("x") + row("new.txt"))
     put(tmp_path, "new.txt")
@@ -491,6 +494,7 @@ def test_a_file_read_before_a_row_with_its_id_is_named(tmp_path: Path) -> None:
 
 
 def html(tmp_path: Path, content: str) -> str:
+    """Read a page that is a document, and return its text."""
     path = put(tmp_path, "page.html", content)
     (item,) = read(path)
     assert isinstance(item, Document), item
@@ -556,7 +560,7 @@ def test_html_without_text_is_rejected(tmp_path: Path) -> None:
 
 
 def test_deep_html_is_read(tmp_path: Path) -> None:
-    """A page nested deeper than Python's recursion limit is read, and one nested absurdly deep is rejected."""
+    """A page nested deeper than Python's stack is read, and one nested absurdly deep is rejected."""
     assert html(tmp_path, "<div>" * 3000 + "deep <b>" * 3000 + "x").startswith("deep deep")
     path = put(tmp_path, "absurd.html", "<div>" * 100_000 + "x")
     assert "nested more than 5,000 deep" in only_reason(path)
@@ -583,6 +587,7 @@ def test_html_needs_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def refusals(folder: Path) -> Iterator[tuple[list[Path], str]]:
+    """List inputs that make a run pointless, and what is said about them."""
     empty = folder / "empty"
     empty.mkdir()
     put(folder, "docs/sub/a.txt")

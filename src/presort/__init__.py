@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from presort.context import batch, run, urgent
     from presort.langchain import OptimizedLLMWrapper
     from presort.runtime import close, configure, drain, finish_run, flush, jobs
-    from presort.transport import transport
+    from presort.seam import transport
 
 _HOMES = {
     "OptimizedLLMWrapper": "presort.langchain",
@@ -34,7 +34,7 @@ _HOMES = {
     "run": "presort.context",
     "stream": "presort.api",
     "submit": "presort.api",
-    "transport": "presort.transport",
+    "transport": "presort.seam",
     "urgent": "presort.context",
     "wrap": "presort.api",
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,8 +25,41 @@ class Wish:
     """`None` takes `batching.deadline_seconds`."""
     owner: object | None = None
     """The wrapped object it holds for; `None` is every one below."""
-    group: Group | None = None
+    ticket: Ticket | None = None
+    """The call's place in a group; `None` is a call that trickles in."""
     batching: Batching | None = None
+    """`None` takes the process's."""
+
+
+class Ticket:
+    """One call's place in a group that knows its size: taken when the call is handed in, else given back. Once.
+
+    A call may reach the transport more than once, when an SDK retries, or not at all: it failed before, or a cache
+    answered it. Whoever starts the call gives the ticket back when the call has ended; whichever comes first counts.
+    """
+
+    def __init__(self, group: Group, on_taken: Callable[[], None] | None = None) -> None:
+        self._group: Group | None = group
+        self._on_taken = on_taken
+        self._lock = threading.Lock()
+
+    def take(self) -> Group | None:
+        """Return the group the call is handed in with; `None` if it was, or never will be."""
+        group = self._end()
+        if group is not None and self._on_taken is not None:
+            self._on_taken()
+        return group
+
+    def give_back(self) -> None:
+        """Count the call out of its group, unless it was handed in."""
+        group = self._end()
+        if group is not None:
+            group.leave()
+
+    def _end(self) -> Group | None:
+        with self._lock:
+            group, self._group = self._group, None
+        return group
 
 
 _wish: ContextVar[Wish | None] = ContextVar("presort_wish", default=None)

@@ -17,18 +17,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--host", default="127.0.0.1", help="a loopback address (default: %(default)s)")
     parser.add_argument("--port", type=int, default=0, help="0 picks a free one (default: %(default)s)")
-    parser.add_argument(
-        "--state", type=Path, metavar="FILE", help="keep everything here; in memory otherwise"
-    )
+    parser.add_argument("--state", type=Path, metavar="FILE", help="keep everything here; in memory otherwise")
     parser.add_argument(
         "--batch-seconds",
         type=float,
         metavar="S",
         help="how long a batch takes (default: 2, or what was set before)",
     )
-    parser.add_argument(
-        "--idle-exit-seconds", type=float, metavar="N", help="stop after N seconds without a request"
-    )
+    parser.add_argument("--idle-exit-seconds", type=float, metavar="N", help="stop after N seconds without a request")
     options = parser.parse_args(arguments)
     return serve(
         options.host,

@@ -180,6 +180,9 @@ async def record(emulator: Emulator, _: Any) -> dict[str, Any]:
 
 
 async def stats(emulator: Emulator, _: Any) -> dict[str, Any]:
-    """How often each endpoint was called since the start."""
-    uptime = round(time.time() - emulator.started_at, 3)
-    return {"requests": dict(emulator.requests), "uptime_seconds": uptime}
+    """How often each endpoint was called since the start; looking here moves no batch."""
+    return {
+        "requests": dict(emulator.requests),
+        "carried_out": emulator.batches.carried_out,
+        "uptime_seconds": round(time.time() - emulator.started_at, 3),
+    }

@@ -12,6 +12,8 @@ from functools import cached_property
 from zlib import crc32
 
 QUOTED_CHARACTERS = 160
+READ_CHARACTERS = 4_000
+"""How much of a long document is looked at."""
 
 _ELEMENT = re.compile(r"<(\w[\w-]*)[^<>]*>(.*?)</\1>", re.DOTALL)
 _LABEL = re.compile(
@@ -36,7 +38,7 @@ class Document:
     """
 
     def __init__(self, prompt: str) -> None:
-        self.text = _inner(prompt).strip() or "EMULATED"
+        self.text = _inner(prompt).strip()[:READ_CHARACTERS] or "EMULATED"
         self.seed = crc32(prompt.encode("utf-8", "surrogatepass"))
 
     @cached_property
@@ -47,7 +49,7 @@ class Document:
     @cached_property
     def vocabulary(self) -> frozenset[str]:
         """All words in lower case."""
-        return frozenset(word.lower() for word in self.words)
+        return frozenset(_WORD.findall(self.text.lower()))
 
     @cached_property
     def sentences(self) -> list[str]:

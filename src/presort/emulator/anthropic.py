@@ -470,9 +470,7 @@ class AnthropicWorker:
             case _:
                 status = fault.get("status", 400)
                 error_type = fault.get("error_type") or ERROR_TYPES.get(status, "api_error")
-                return _errored(
-                    entry, VendorError(status, fault.get("message", "EMULATED row error"), error_type)
-                )
+                return _errored(entry, VendorError(status, fault.get("message", "EMULATED row error"), error_type))
 
     def leave(self, entry: Entry, kind: str) -> Outcome:
         """Give a request up."""
@@ -500,9 +498,7 @@ def _errored(entry: Entry, error: VendorError) -> Outcome:
 async def list_models(call: Call) -> Response:
     """GET /v1/models."""
     data = [model_object(model) for model in [*ANTHROPIC, *call.emulator.settings.models]]
-    return json_response(
-        {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
-    )
+    return json_response({"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]})
 
 
 async def retrieve_model(call: Call) -> Response:

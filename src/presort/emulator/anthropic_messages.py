@@ -138,9 +138,7 @@ def _validate_max_tokens(value: Any, name: str, model: AnthropicModel, rules: Ru
     extended = rules.lane == "batch" and EXTENDED_OUTPUT_BETA in rules.betas
     cap = EXTENDED_OUTPUT_TOKENS if extended else model.max_output_tokens
     if value > cap:
-        limit = (
-            f"max_tokens: {value} > {cap}, which is the maximum allowed number of output tokens for {name}"
-        )
+        limit = f"max_tokens: {value} > {cap}, which is the maximum allowed number of output tokens for {name}"
         raise invalid(limit)
 
 
@@ -167,9 +165,7 @@ def _validate_tools(params: dict[str, Any]) -> None:
 
 
 def _validate_breakpoints(params: dict[str, Any]) -> None:
-    explicit = [
-        (where, block["cache_control"]) for where, block in _cacheable(params) if block.get("cache_control")
-    ]
+    explicit = [(where, block["cache_control"]) for where, block in _cacheable(params) if block.get("cache_control")]
     for where, control in [*explicit, *_automatic(params)]:
         if control.get("type") != "ephemeral":
             raise invalid(f"{where}.cache_control.type: Input should be 'ephemeral'")
@@ -329,11 +325,7 @@ def _forced_tool(params: dict[str, Any]) -> dict[str, Any] | None:
     tools: list[dict[str, Any]] = params.get("tools") or []
     if choice.get("type") == "tool":
         return next(tool for tool in tools if tool.get("name") == choice["name"])
-    return (
-        next((tool for tool in tools if "input_schema" in tool), None)
-        if choice.get("type") == "any"
-        else None
-    )
+    return next((tool for tool in tools if "input_schema" in tool), None) if choice.get("type") == "any" else None
 
 
 def _schema_text(params: dict[str, Any], document: answers.Document) -> str | None:
@@ -347,9 +339,7 @@ def plan(params: dict[str, Any], cache: PromptCache, reader: Reader, settings: S
     """Decide what a request reads from the cache and writes to it."""
     model = _known(params["model"], settings)
     override = settings.minimum_cache_tokens
-    minimum = override.get(
-        params["model"], override.get(undated(params["model"]), model.minimum_cache_tokens)
-    )
+    minimum = override.get(params["model"], override.get(undated(params["model"]), model.minimum_cache_tokens))
     return cache.plan_anthropic(prompt_blocks(params), minimum, reader)
 
 
@@ -358,9 +348,7 @@ def scope(tenant: Tenant, model: str) -> str:
     return f"anthropic:{tenant.organization}:{tenant.workspace}:{model}"
 
 
-def message(
-    params: dict[str, Any], answer: Answer, usage: Usage, message_id: str, lane: Lane
-) -> dict[str, Any]:
+def message(params: dict[str, Any], answer: Answer, usage: Usage, message_id: str, lane: Lane) -> dict[str, Any]:
     """The Message object."""
     return {
         "id": message_id,

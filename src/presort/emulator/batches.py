@@ -83,9 +83,7 @@ def new_batch(
         workspace=tenant.workspace,
         created_at=created_at,
         listed_at=created_at + (faults["late_list"].get("seconds", 60) if "late_list" in faults else 0),
-        seconds=faults["slow_batch"].get("seconds", 3_600)
-        if "slow_batch" in faults
-        else settings.batch_seconds,
+        seconds=faults["slow_batch"].get("seconds", 3_600) if "slow_batch" in faults else settings.batch_seconds,
         share=share,
         ending=ending,
         size=None,
@@ -108,6 +106,8 @@ class Batches:
         self._meter = meter
         self._workers: dict[str, Worker] = {}
         self._lock = asyncio.Lock()
+        self.carried_out = 0
+        """Requests answered since the start."""
 
     def register(self, worker: Worker) -> None:
         """Take on a vendor."""
@@ -162,6 +162,7 @@ class Batches:
                     self._count_usage(batch, outcome.usage)
             self._state.finish_entries(rows)
             self._meter.store()
+            self.carried_out += stop - batch.done
             batch.done = stop
             self._state.put_batch(batch)
 
@@ -197,8 +198,7 @@ class Batches:
             stop = batch.done + SLICE * 5
             with self._state.transaction():
                 outcomes = [
-                    (entry.n, worker.leave(entry, left_as))
-                    for entry in self._state.entries(batch.id, batch.done, stop)
+                    (entry.n, worker.leave(entry, left_as)) for entry in self._state.entries(batch.id, batch.done, stop)
                 ]
                 self._state.finish_entries([(left_as, None, one.line, batch.id, n) for n, one in outcomes])
                 batch.counts[left_as] = batch.counts.get(left_as, 0) + len(outcomes)

@@ -49,9 +49,7 @@ class Meter:
     def add(self, vendor: str, model: str, lane: Lane, usage: Usage) -> None:
         """Count one answered request."""
         rate = RATES.get((vendor, undated(model)))
-        prompt = (
-            "long" if rate and rate.long_prompt and usage.prompt > rate.long_prompt.over_tokens else "normal"
-        )
+        prompt = "long" if rate and rate.long_prompt and usage.prompt > rate.long_prompt.over_tokens else "normal"
         for name, tokens in vars(usage).items():
             if tokens:
                 self._tokens[vendor, model, lane, name, prompt] += tokens

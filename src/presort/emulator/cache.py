@@ -72,8 +72,6 @@ class Reader:
 
     def may_read(self, writer: str) -> bool:
         """Whether this request hits an entry that is there; always the same for the same request."""
-        if self.writer == "standard":
-            return True
         percent = min(self.hit_percent, self.own_hit_percent if writer == self.writer else 100)
         return crc32(self.luck) % 100 < percent
 
@@ -105,9 +103,7 @@ class PromptCache:
             return Plan(Usage(input=total))
         prefixes = _prefixes(blocks[: marks[-1] + 1])
         marks = [place for place in marks if prefixes[place][1] >= minimum_tokens]
-        candidates = {
-            place for mark in marks for place in range(max(0, mark - LOOK_BACK_BLOCKS + 1), mark + 1)
-        }
+        candidates = {place for mark in marks for place in range(max(0, mark - LOOK_BACK_BLOCKS + 1), mark + 1)}
         hit = self._longest(reader, {place: prefixes[place][0] for place in candidates})
         read_tokens = prefixes[hit][1] if hit is not None else 0
         written = {300: 0, 3600: 0}
@@ -130,9 +126,7 @@ class PromptCache:
         refreshed = [] if hit is None else [prefixes[place][0] for place in {hit, *marks} if place <= hit]
         return Plan(usage, reader.scope, refreshed, writes)
 
-    def plan_breakpoints(
-        self, blocks: Sequence[Block], lookups: set[int], minimum_tokens: int, reader: Reader
-    ) -> Plan:
+    def plan_breakpoints(self, blocks: Sequence[Block], lookups: set[int], minimum_tokens: int, reader: Reader) -> Plan:
         """Read at any of `lookups`, write at the blocks that carry a TTL (OpenAI, GPT-5.6 and later)."""
         total = sum(block.tokens for block in blocks)
         prefixes = _prefixes(blocks)
@@ -158,17 +152,13 @@ class PromptCache:
         hit = self._longest(reader, dict(prefixes))
         cached = min(hit or 0, total)
         read = [prefix for tokens, prefix in prefixes if hit is not None and tokens <= hit]
-        writes = [
-            (prefix, caching.idle_seconds) for tokens, prefix in prefixes if hit is None or tokens > hit
-        ]
+        writes = [(prefix, caching.idle_seconds) for tokens, prefix in prefixes if hit is None or tokens > hit]
         return Plan(Usage(input=total - cached, cache_read=cached), reader.scope, read, writes)
 
     def _longest(self, reader: Reader, prefixes: dict[int, str]) -> int | None:
         """The highest place whose prefix is there and not missed by bad luck."""
         known = self.state.cached(reader.scope, list(prefixes.values()), reader.now)
-        hits = [
-            place for place, prefix in prefixes.items() if prefix in known and reader.may_read(known[prefix])
-        ]
+        hits = [place for place, prefix in prefixes.items() if prefix in known and reader.may_read(known[prefix])]
         return max(hits, default=None)
 
 

@@ -104,9 +104,7 @@ def check(spec: Any) -> Fault:
         _one_of(COMMON + KINDS[kind], name, f"parameter of `{kind}`")
         types = TYPES.get(name)
         if types and (isinstance(value, bool) or not isinstance(value, types)):
-            raise ValueError(
-                f"`{name}` must be {' or '.join(each.__name__ for each in types)}, got {value!r}"
-            )
+            raise ValueError(f"`{name}` must be {' or '.join(each.__name__ for each in types)}, got {value!r}")
     return fault
 
 
@@ -143,15 +141,9 @@ class Faults:
             return []
         struck = []
         for fault in self._state.faults():
-            if (
-                fault["kind"] not in kinds
-                or fault["on"] != operation
-                or fault["vendor"] not in (None, vendor)
-            ):
+            if fault["kind"] not in kinds or fault["on"] != operation or fault["vendor"] not in (None, vendor):
                 continue
-            used = fault["seen"] >= fault["after"] and (
-                fault["times"] == -1 or fault["used"] < fault["times"]
-            )
+            used = fault["seen"] >= fault["after"] and (fault["times"] == -1 or fault["used"] < fault["times"])
             self._state.count_fault(fault["id"], used=used)
             if used:
                 struck.append(fault)

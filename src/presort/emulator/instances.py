@@ -123,13 +123,10 @@ class _Filler:
         extra = schema.get("additionalProperties")
         names = [name for name in properties if name in required or depth < SHALLOW]
         names += [name for name in required if name not in properties]
-        for word in self.document.keywords:
-            if len(names) >= schema.get("minProperties", 0):
-                break
-            names.append(word)
-        return {
-            name: self.fill(properties.get(name, extra), name, (*path, name), depth + 1) for name in names
-        }
+        missing = schema.get("minProperties", 0) - len(names)
+        spare = [*self.document.keywords, *(f"key_{n}" for n in range(max(0, missing)))]
+        names += [name for name in spare if name not in names][: max(0, missing)]
+        return {name: self.fill(properties.get(name, extra), name, (*path, name), depth + 1) for name in names}
 
     def _array(self, schema: Schema, name: str, path: tuple[object, ...], depth: int) -> list[Any]:
         first = schema.get("prefixItems", [])
@@ -174,9 +171,7 @@ class _Filler:
             return made
         least, most = schema.get("minLength", 0), schema.get("maxLength")
         if "pattern" in schema:
-            return example(
-                schema["pattern"], [*self.document.keywords, *self.document.words[:50]], least, most
-            )
+            return example(schema["pattern"], [*self.document.keywords, *self.document.words[:50]], least, most)
         text = self._text(name.lower(), path)
         while len(text) < least:
             text = f"{text} {self.document.text or 'EMULATED'}"[: max(least, most or least)].ljust(least, ".")
@@ -236,7 +231,10 @@ class _Filler:
         least, most = math.ceil(low / step), math.floor(high / step)
         least += "exclusiveMinimum" in schema and least * step == low
         most -= "exclusiveMaximum" in schema and most * step == high
-        return step * (least + math.floor(max(1, most - least + 1) * chance))
+        size = max(1, most - least + 1)
+        multiples = [step * (least + (math.floor(size * chance) + n) % size) for n in range(min(size, 20))]
+        # validators divide floats, so not every decimal multiple passes for one
+        return next((each for each in multiples if (float(each) / float(step)).is_integer()), multiples[0])
 
 
 def _kind(schema: Schema) -> str:
@@ -275,12 +273,8 @@ def _merge(base: Schema, more: Schema) -> Schema:
 
 
 def _bounds(schema: Schema) -> tuple[Fraction | None, Fraction | None]:
-    lows = [
-        Fraction(str(schema[key])) for key in ("minimum", "exclusiveMinimum") if _is_number(schema.get(key))
-    ]
-    highs = [
-        Fraction(str(schema[key])) for key in ("maximum", "exclusiveMaximum") if _is_number(schema.get(key))
-    ]
+    lows = [Fraction(str(schema[key])) for key in ("minimum", "exclusiveMinimum") if _is_number(schema.get(key))]
+    highs = [Fraction(str(schema[key])) for key in ("maximum", "exclusiveMaximum") if _is_number(schema.get(key))]
     return max(lows, default=None), min(highs, default=None)
 
 

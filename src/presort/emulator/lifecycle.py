@@ -18,6 +18,9 @@ from presort.emulator.state import Batch
 WINDOW_SECONDS = 86_400
 """Both vendors: the processing window is 24 hours from creation, exactly."""
 
+RESOLUTION_SECONDS = 1e-6
+"""Times since the epoch are floats, exact to less than a microsecond."""
+
 
 class Phase(StrEnum):
     """What a live batch is doing."""
@@ -85,8 +88,14 @@ def progress(batch: Batch, window: Window, cancel_seconds: float, now: float) ->
         return Progress(Phase.WAITING, 0)
     over, when = min(_ends(batch, window, cancel_seconds), key=lambda end: end[1])
     stop = min(now, when, batch.cancelled_at if batch.cancelled_at is not None else math.inf)
-    due = 0 if batch.ending == Ending.FAIL else _due(batch, window, stop)
     end = (over, when) if now >= when else None
+    match batch.ending, end and over:
+        case Ending.FAIL, _:
+            due = 0
+        case _, Result.COMPLETED:
+            due = batch.size or 0
+        case _:
+            due = _due(batch, window, stop)
     return Progress(_phase(batch, window, now), due, end)
 
 
@@ -109,10 +118,10 @@ def _due(batch: Batch, window: Window, stop: float) -> int:
     size = batch.size or 0
     limit = math.floor(size * batch.share + 1e-9)
     running = batch.seconds * (window.end - window.start)
-    begun = stop - batch.created_at - batch.seconds * window.start
+    begun = stop - batch.created_at - batch.seconds * window.start + RESOLUTION_SECONDS
     if begun < 0:
         return 0
-    return limit if begun >= running else min(limit, math.floor(size * begun / running + 1e-9))
+    return limit if begun >= running else min(limit, math.floor(size * begun / running))
 
 
 def _phase(batch: Batch, window: Window, now: float) -> Phase:

@@ -72,9 +72,7 @@ class OpenAI:
         """Accept `Authorization: Bearer`."""
         key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
         if not key:
-            text = (
-                "You didn't provide an API key. You need to provide your API key in an Authorization header."
-            )
+            text = "You didn't provide an API key. You need to provide your API key in an Authorization header."
             raise VendorError(401, text, "invalid_request_error")
         known = emulator.state.key(key)
         if known[1] if known else emulator.settings.only_listed_keys:
@@ -103,9 +101,7 @@ class OpenAI:
         error_type = fault.get("error_type") or ERROR_TYPES.get(status, "invalid_request_error")
         code = fault.get("code") or fault.get("error_code") or ERROR_CODES.get(status)
         headers = {"retry-after": str(fault["retry_after"])} if "retry_after" in fault else {}
-        return VendorError(
-            status, fault.get("message") or "EMULATED error", error_type, code=code, headers=headers
-        )
+        return VendorError(status, fault.get("message") or "EMULATED error", error_type, code=code, headers=headers)
 
 
 def routes(emulator: Emulator) -> list[Route]:
@@ -131,9 +127,7 @@ async def _json(call: Call) -> Any:
         return await call.json()
     except ValueError:
         text = "We could not parse the JSON body of your request."
-        raise invalid(
-            f"{text} (HINT: This likely means you aren't using your HTTP library correctly.)"
-        ) from None
+        raise invalid(f"{text} (HINT: This likely means you aren't using your HTTP library correctly.)") from None
 
 
 # Chat Completions
@@ -166,9 +160,7 @@ async def create_completion(call: Call) -> Response:
     response: Response = json_response(completion)
     if body.get("stream"):
         include_usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        response = StreamingResponse(
-            _stream(completion, include_usage=include_usage), media_type="text/event-stream"
-        )
+        response = StreamingResponse(_stream(completion, include_usage=include_usage), media_type="text/event-stream")
     response.headers.update(RATE_LIMITS)
     return response
 
@@ -242,9 +234,7 @@ def _check_upload(fields: dict[str, str], filename: str | None, size: int, limit
     if fields.get("purpose") not in ("batch", "user_data", "assistants", "vision", "fine-tune"):
         raise invalid(f"'{fields.get('purpose')}' is not one of ['batch', ...] - 'purpose'", "purpose")
     if size > limit:
-        raise VendorError(
-            413, f"File is too large: {size} bytes, the maximum is {limit}.", "invalid_request_error"
-        )
+        raise VendorError(413, f"File is too large: {size} bytes, the maximum is {limit}.", "invalid_request_error")
     seconds = fields.get("expires_after[seconds]", "3600")
     if not (seconds.isdigit() and 3_600 <= int(seconds) <= MONTH_SECONDS):
         raise invalid("'expires_after.seconds' must be between 3600 and 2592000", "expires_after")
@@ -268,9 +258,7 @@ def file_object(file: StoredFile) -> dict[str, Any]:
 def _find_file(call: Call) -> StoredFile:
     file_id = call.request.path_params["id"]
     file = call.emulator.state.file(file_id)
-    expired = (
-        file is not None and file.expires_at is not None and file.expires_at <= call.emulator.clock.now()
-    )
+    expired = file is not None and file.expires_at is not None and file.expires_at <= call.emulator.clock.now()
     if file is None or expired or Tenant(file.organization, file.workspace) != call.tenant:
         raise VendorError(404, f"No such File object: {file_id}", "invalid_request_error", param="id")
     return file
@@ -287,9 +275,7 @@ async def list_files(call: Call) -> Response:
     files = call.emulator.state.files(call.tenant)
     purpose = call.request.query_params.get("purpose")
     shown = [
-        file
-        for file in files
-        if (file.expires_at is None or file.expires_at > now) and purpose in (None, file.purpose)
+        file for file in files if (file.expires_at is None or file.expires_at > now) and purpose in (None, file.purpose)
     ]
     return json_response(_page(call, [file_object(file) for file in shown], 10_000))
 
@@ -410,9 +396,7 @@ def _check_metadata(metadata: Any) -> None:
         raise invalid(text, "metadata", "object_above_max_properties")
     for key, value in metadata.items():
         if len(key) > METADATA_KEY_CHARACTERS or len(value) > METADATA_VALUE_CHARACTERS:
-            limits = (
-                f"keys have at most {METADATA_KEY_CHARACTERS} characters, values {METADATA_VALUE_CHARACTERS}"
-            )
+            limits = f"keys have at most {METADATA_KEY_CHARACTERS} characters, values {METADATA_VALUE_CHARACTERS}"
             text = f"Invalid 'metadata.{key[:64]}': string too long, {limits}."
             raise invalid(text, "metadata", "string_above_max_length")
 

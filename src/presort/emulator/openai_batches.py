@@ -126,9 +126,7 @@ class OpenAIWorker:
                 error_type = fault.get("error_type") or ERROR_TYPES.get(status, "invalid_request_error")
                 message = fault.get("message", "EMULATED row error")
                 code = fault.get("code") or ERROR_CODES.get(status)
-                return _errored(
-                    entry, VendorError(status, message, error_type, code=code, param=fault.get("param"))
-                )
+                return _errored(entry, VendorError(status, message, error_type, code=code, param=fault.get("param")))
 
     def leave(self, entry: Entry, kind: str) -> Outcome:
         """Give a request up."""
@@ -140,9 +138,7 @@ class OpenAIWorker:
         if batch.result == Result.FAILED or (batch.result == Result.CANCELLED and batch.details["no_files"]):
             return
         batch.details["output_file_id"] = await self._publish(batch, "output", ("succeeded",))
-        batch.details["error_file_id"] = await self._publish(
-            batch, "error", ("errored", "canceled", "expired")
-        )
+        batch.details["error_file_id"] = await self._publish(batch, "error", ("errored", "canceled", "expired"))
 
     async def _publish(self, batch: Batch, name: str, outcomes: tuple[str, ...]) -> str | None:
         state, file_id, size = self._emulator.state, new_id("file-"), 0

@@ -82,9 +82,7 @@ def _validate_messages(body: dict[str, Any]) -> None:
         raise invalid("Missing required parameter: 'messages'.", "messages", "missing_required_parameter")
     messages = body["messages"]
     if not isinstance(messages, list):
-        raise invalid(
-            "Invalid type for 'messages': expected an array of objects.", "messages", "invalid_type"
-        )
+        raise invalid("Invalid type for 'messages': expected an array of objects.", "messages", "invalid_type")
     if not messages:
         text = "Invalid 'messages': empty array. Expected an array with minimum length 1."
         raise invalid(text, "messages", "empty_array")
@@ -161,11 +159,7 @@ def prompt_blocks(body: dict[str, Any]) -> list[Marked]:
         parts = _parts(message)
         for k, part in enumerate(parts):
             marker = part.get("prompt_cache_breakpoint")
-            ttl = (
-                _ttl((marker.get("ttl") if isinstance(marker, dict) else None) or default_ttl)
-                if marker
-                else None
-            )
+            ttl = _ttl((marker.get("ttl") if isinstance(marker, dict) else None) or default_ttl) if marker else None
             # the role belongs to the text: the same words from another speaker are another prompt
             text = _part_text(part, f"{message['role']}\n" if k == 0 else "")
             blocks.append(Marked(_block(text, ttl), k == len(parts) - 1, marker is not None))
@@ -180,11 +174,7 @@ def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
     calls = message.get("tool_calls")
-    return (
-        [*parts, {"type": "tool_calls", "tool_calls": calls}]
-        if calls
-        else parts or [{"type": "text", "text": ""}]
-    )
+    return [*parts, {"type": "tool_calls", "tool_calls": calls}] if calls else parts or [{"type": "text", "text": ""}]
 
 
 def _part_text(part: dict[str, Any], role: str) -> str:
@@ -225,9 +215,7 @@ def plan(body: dict[str, Any], cache: PromptCache, reader: Reader) -> Plan:
               for place, each in enumerate(marked)]  # fmt: skip
     if implicit:
         lookups |= set(ends[-LATEST_MESSAGE_ENDS:])
-        blocks[-1] = replace(
-            blocks[-1], ttl_seconds=blocks[-1].ttl_seconds or _ttl(options.get("ttl") or "30m")
-        )
+        blocks[-1] = replace(blocks[-1], ttl_seconds=blocks[-1].ttl_seconds or _ttl(options.get("ttl") or "30m"))
     return cache.plan_breakpoints(blocks, lookups, caching.minimum, reader)
 
 
@@ -258,9 +246,7 @@ def answer(body: dict[str, Any]) -> Answer:
     room = limit - reasoning
     if (tool := _forced_tool(body)) is not None:
         function = tool["function"]
-        text = json.dumps(
-            instance(function.get("parameters") or {"type": "object"}, document), ensure_ascii=False
-        )
+        text = json.dumps(instance(function.get("parameters") or {"type": "object"}, document), ensure_ascii=False)
         text, was_cut = cut(text, room)
         call = {
             "id": "call_" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24],
@@ -328,9 +314,7 @@ def completion(
         "object": "chat.completion",
         "created": int(created),
         "model": body["model"],
-        "choices": [
-            {"index": 0, "message": answer.message, "logprobs": None, "finish_reason": answer.finish_reason}
-        ],
+        "choices": [{"index": 0, "message": answer.message, "logprobs": None, "finish_reason": answer.finish_reason}],
         "usage": {
             "prompt_tokens": usage.prompt,
             "completion_tokens": usage.output,
@@ -358,9 +342,7 @@ _PIECE = re.compile(r".{1,20}", re.DOTALL)
 def chunks(completion: dict[str, Any], *, include_usage: bool) -> Iterator[dict[str, Any]]:
     """A completion as streamed chunks."""
     choice = completion["choices"][0]
-    shared = {
-        name: completion[name] for name in ("id", "created", "model", "service_tier", "system_fingerprint")
-    }
+    shared = {name: completion[name] for name in ("id", "created", "model", "service_tier", "system_fingerprint")}
     shared = {**shared, "object": "chat.completion.chunk", **({"usage": None} if include_usage else {})}
 
     def chunk(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:

@@ -106,9 +106,7 @@ OPENAI_ROUNDED: Final = {("gpt-5.4", "cache_read"): Decimal("0.13")}
 """Batch rates that OpenAI's table prints rounded."""
 
 
-def _rate(
-    columns: tuple[str, ...], cells: str, long_prompt: LongPrompt | None, *, unhalved_reads: bool
-) -> Rate:
+def _rate(columns: tuple[str, ...], cells: str, long_prompt: LongPrompt | None, *, unhalved_reads: bool) -> Rate:
     standard = dict(zip(columns, map(Decimal, cells.split()), strict=False))
     batch = {name: price / 2 for name, price in standard.items()}
     disputed: dict[tuple[str, str], Decimal] = {}

@@ -68,9 +68,7 @@ class Settings:
 def _check(name: str, value: Any, current: Any) -> None:
     number = isinstance(current, int | float) and not isinstance(current, bool)
     fits = (
-        isinstance(value, int | float) and not isinstance(value, bool)
-        if number
-        else isinstance(value, type(current))
+        isinstance(value, int | float) and not isinstance(value, bool) if number else isinstance(value, type(current))
     )
     if not fits:
         kind = "number" if number else type(current).__name__

@@ -216,9 +216,7 @@ class State:
 
     def files(self, tenant: Tenant) -> list[StoredFile]:
         """A tenant's files, newest first."""
-        query = (
-            "SELECT * FROM file WHERE organization = ? AND workspace = ? ORDER BY created_at DESC, id DESC"
-        )
+        query = "SELECT * FROM file WHERE organization = ? AND workspace = ? ORDER BY created_at DESC, id DESC"
         rows = self._db.execute(query, (tenant.organization, tenant.workspace))
         return [StoredFile(**dict(row)) for row in rows]
 
@@ -278,9 +276,7 @@ class State:
 
     def entries(self, batch_id: str, start: int, stop: int) -> list[Entry]:
         """Requests `start` to `stop` of a batch, not yet carried out."""
-        query = (
-            "SELECT n, custom_id, sha256, params FROM entry WHERE batch = ? AND n >= ? AND n < ? ORDER BY n"
-        )
+        query = "SELECT n, custom_id, sha256, params FROM entry WHERE batch = ? AND n >= ? AND n < ? ORDER BY n"
         return [Entry(*row) for row in self._db.execute(query, (batch_id, start, stop))]
 
     def finish_entries(self, rows: Iterable[tuple[str, str | None, str, str, int]]) -> None:
@@ -303,9 +299,7 @@ class State:
 
     # Standard calls and money
 
-    def add_call(
-        self, vendor: str, tenant: Tenant, model: str | None, sha256: str, time: float, status: int
-    ) -> None:
+    def add_call(self, vendor: str, tenant: Tenant, model: str | None, sha256: str, time: float, status: int) -> None:
         """Record a standard call."""
         values = (vendor, tenant.organization, tenant.workspace, model, sha256, time, status)
         query = """
@@ -337,9 +331,7 @@ class State:
             WHERE outcome = 'succeeded' AND json_extract(details, '$.foreign') IS NULL
             GROUP BY batch.vendor"""
         lanes = {"standard": calls, "batch": entries}
-        return {
-            f"{row[0]}.{lane}": row[1] for lane, query in lanes.items() for row in self._db.execute(query)
-        }
+        return {f"{row[0]}.{lane}": row[1] for lane, query in lanes.items() for row in self._db.execute(query)}
 
     # Prompt cache
 
@@ -371,10 +363,7 @@ class State:
     def faults(self) -> list[dict[str, Any]]:
         """All armed faults with how often each was seen and used."""
         rows = self._db.execute("SELECT * FROM fault ORDER BY id")
-        return [
-            {**json.loads(row["spec"]), "id": row["id"], "seen": row["seen"], "used": row["used"]}
-            for row in rows
-        ]
+        return [{**json.loads(row["spec"]), "id": row["id"], "seen": row["seen"], "used": row["used"]} for row in rows]
 
     def count_fault(self, fault_id: int, *, used: bool) -> None:
         """Note that a fault matched, and whether it struck."""

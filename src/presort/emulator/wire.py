@@ -125,9 +125,7 @@ def endpoint(emulator: Emulator, vendor: Vendor, operation: str, handler: Handle
     return run
 
 
-def route(
-    emulator: Emulator, vendor: Vendor, method: str, path: str, operation: str, handler: Handler
-) -> Route:
+def route(emulator: Emulator, vendor: Vendor, method: str, path: str, operation: str, handler: Handler) -> Route:
     """A starlette route for a handler."""
     return Route(path, endpoint(emulator, vendor, operation, handler), methods=[method])
 

@@ -8,9 +8,10 @@ taken over.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from presort.config import Batching
@@ -29,6 +30,7 @@ ADMIT_CHUNK = 500
 _ADOPT_EVERY_SECONDS = 5.0
 _IDLE_SECONDS = 1.0
 _TICK_SECONDS = 0.25
+_STUCK_SECONDS = 5.0
 
 
 class Run:
@@ -57,8 +59,13 @@ class Group:
         self._lock = threading.Lock()
         self._expected = expected
         self._arrived = 0
+        self._changed: Callable[[], None] | None = None
         self.admitted = 0
         """Calls that have reached the store; engine's loop only."""
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Have a function called, from any thread, if the last call to wait for is counted out."""
+        self._changed = changed
 
     def arrive(self) -> None:
         """Count a call that was handed to the engine."""
@@ -70,6 +77,8 @@ class Group:
         with self._lock:
             if self._expected is not None:
                 self._expected -= 1
+        if self._changed is not None and self.complete:
+            self._changed()
 
     def close(self) -> None:
         """No further call will come."""
@@ -142,7 +151,8 @@ class Accumulator:
 
     def nudge(self) -> None:
         """Look at the buckets again: a group has changed."""
-        self._loop.call_soon_threadsafe(self._wake.set)
+        with contextlib.suppress(RuntimeError):  # the engine was closed: there are no buckets
+            self._loop.call_soon_threadsafe(self._wake.set)
 
     # -- engine's loop -------------------------------------------------------------------------------------------
     async def run(self) -> None:
@@ -274,6 +284,8 @@ class Accumulator:
         bucket = self._buckets.get(where)
         if bucket is None:
             bucket = self._buckets[where] = _Bucket(key, batching, group, now, now)
+            if group is not None:
+                group.watch(self.nudge)
         bucket.ids.append(request_id)
         bucket.sizes.append(size)
         bucket.newest_at = now
@@ -293,7 +305,7 @@ class Accumulator:
                 )
             else:
                 # a caller of the group that is stuck elsewhere must not hold up the others for ever
-                stuck = now - bucket.newest_at >= bucket.batching.flush_seconds
+                stuck = now - bucket.newest_at >= max(bucket.batching.flush_seconds, _STUCK_SECONDS)
                 due = group.complete or stuck or len(bucket.ids) >= bucket.batching.max_batch_requests
             if due:
                 await self._form(where)

@@ -10,7 +10,7 @@ from typing import Any
 
 from presort.engine.core import Core, backoff
 from presort.engine.failpoints import reach
-from presort.engine.settler import LIMIT_RELEASE_SECONDS, Settler
+from presort.engine.settler import Settler
 from presort.engine.submitter import KEY_PAUSE_SECONDS
 from presort.job import Job, JobState
 from presort.providers import provider
@@ -102,8 +102,9 @@ class Poller:
         chunk: list[Settlement] = []
         now = core.clock()
         reach("poller.collecting")
+        rows = vendor.collect(channel, key, job)
         try:
-            async for row in vendor.collect(channel, key, job):
+            async for row in rows:
                 parts = split_custom_id(row.custom_id)
                 if parts is None or row.custom_id not in expected or row.custom_id in seen:
                     warn(f"rows:{job.id}", f"batch {job.batch_id} holds a foreign or repeated row `{row.custom_id}`")
@@ -123,6 +124,7 @@ class Poller:
                     reach("poller.stored")
                     chunk = []
         finally:
+            await rows.aclose()
             # what has arrived is kept even if the rest did not
             await core.settle(chunk)
         reach("poller.collected")
@@ -134,7 +136,7 @@ class Poller:
         core, job = self._core, claimed.job
         if failure.retryable:
             warn(f"limit:{job.key_id}", f"{vendor.title} rejected a batch of {job.count}: {failure.message}")
-            await self._settler.halve(claimed, failure.message, LIMIT_RELEASE_SECONDS)
+            await self._settler.halve(claimed, failure.message, core.settings.batching.poll_interval_seconds)
             return
         if failure.line is not None:
             ids = await core.db(core.store.custom_ids, job.id)

@@ -23,9 +23,6 @@ from presort.telemetry import fell_back, logger, warn
 STANDARD_TRIES = 4
 """Times the standard route is tried for one request before its last answer stands."""
 
-LIMIT_RELEASE_SECONDS = 60.0
-"""How long a job waits that ran into a limit of the vendor's queue."""
-
 _NO_KEY_PAUSE_SECONDS = 5.0
 
 
@@ -50,12 +47,11 @@ class Settler:
     async def all_to_standard(self, claimed: ClaimedJob, reason: str) -> None:
         """A job can never be submitted where it should go."""
         stated = self._stated(claimed, OutcomeKind.ERRORED, 501, reason)
-        await self.resolve(claimed, lambda _: stated, rebatch=False)
+        await self.resolve(claimed, lambda _: stated, rebatch=False, insist=True)
 
     async def refused_whole(self, claimed: ClaimedJob, outcome: Outcome) -> None:
         """The vendor refused a job as invalid: each request shall hear by itself whether it is."""
-        standard = self._core.settings.batching.fallback
-        await self.resolve(claimed, lambda _: outcome, rebatch=False, insist=standard)
+        await self.resolve(claimed, lambda _: outcome, rebatch=False, insist=True)
 
     async def abandon(self, claimed: ClaimedJob, why: str) -> None:
         """Callers stop waiting for a job that may still run: it cannot be sent again, and its answers may yet come."""
@@ -90,7 +86,7 @@ class Settler:
             claimed: The job; nothing of it runs at the vendor any more.
             outcome_of: What the batch made of a request.
             rebatch: Whether another batch is worth trying.
-            insist: Whether even a final refusal is tried by the standard route.
+            insist: Whether even a final refusal is tried by the standard route, where fallback is on.
         """
         core, job, key = self._core, claimed.job, claimed.key
         now = core.clock()
@@ -100,10 +96,11 @@ class Settler:
         for row in await core.db(core.store.unsettled, job.id, job.count):
             outcome = outcome_of(row)
             left = row.deadline - now if rebatch else 0.0
-            step = next_step(outcome, attempt=row.attempt, seconds_left=left, batching=core.batching_of(row.id))
+            batching = core.batching_of(row.id)
+            step = next_step(outcome, attempt=row.attempt, seconds_left=left, batching=batching)
             if step is Step.REBATCH:
                 again.append(row.id)
-            elif step is Step.STANDARD or insist:
+            elif step is Step.STANDARD or (insist and batching.fallback):
                 standard.setdefault(outcome.reason or outcome.kind.value, []).append(row.id)
             else:
                 final.append(core.settlement(row.id, row.custom_id, key, outcome, row.run))

@@ -416,7 +416,7 @@ def _read_text(path: str, max_bytes: int) -> str:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise ValueError(f"too large: {size:,} bytes, the limit is {max_bytes:,}")
-        text = _decode(file.read(max_bytes))
+        text = _decode(file.read(size))
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise ValueError("it is empty" if size == 0 else "it holds nothing but white space")

@@ -162,9 +162,10 @@ class _Source:
 
     def answered(self, outcome: Outcome) -> Record:
         """Take the record of the next document that was asked about."""
+        job = self._job
         asked = self._entries.popleft()
         assert isinstance(asked, _Asked)  # noqa: S101 - `until_asked` was drawn dry before
-        return record_from_outcome(asked.id, asked.source, self._job.provider, outcome)
+        return record_from_outcome(asked.id, asked.source, job.provider, outcome, job.departments)
 
     def _reject(self, document_id: str, source: str, reason: str) -> None:
         self._progress.rejected += 1

@@ -262,7 +262,7 @@ class Provider(ABC):
     """The environment variable its own client reads the key from."""
     base_url_variable: str
     probe_path: str
-    """A path below the base URL that a GET may ask at any time, to see whether a key is good and whose it is."""
+    """A path below the base URL that a GET may ask at any time, to see whether a key is good, and whose."""
     standing_headers: tuple[tuple[str, str], ...] = ()
     """Headers every request of our own needs, besides the key: an API version, say."""
     limits: BatchLimits
@@ -328,7 +328,7 @@ class Provider(ABC):
         """Look once whether the job's batch has ended."""
 
     @abstractmethod
-    def collect(self, channel: Channel, key: BatchKey, job: Job) -> AsyncIterator[Row]:
+    def collect(self, channel: Channel, key: BatchKey, job: Job) -> AsyncGenerator[Row, None]:
         """Stream every row of an ended batch, from the output and the error side, in the vendor's order.
 
         Lines that cannot be read are skipped (their requests come out as missing); a download that breaks off

@@ -28,6 +28,9 @@ _BEFORE_SENDING = (
     httpx2.UnsupportedProtocol,
 )
 _LEGAL_HEADER_VALUE = re.compile(r"[\t\x20-\x7e]*")
+_FRAMING_HEADERS = frozenset({"connection", "content-length", "host", "transfer-encoding"})
+"""What describes this exchange, not the call: a caller's own would be wrong here."""
+
 _SECRET_HEADERS = frozenset(
     {"authorization", "x-api-key", "api-key", "x-goog-api-key", "proxy-authorization"}
 )
@@ -93,12 +96,7 @@ class HttpChannel:
             content: Body; an iterator is streamed.
             content_length: Length of a streamed body; without it the body goes out in chunks.
         """
-        given = dict(headers or {})
-        if content_length is not None:
-            given["content-length"] = str(content_length)
-        if content_length is not None and content is not None and not isinstance(content, bytes):
-            content = _exactly(content_length, content)
-        request = self._request(method, path, given, params, content)
+        request = self._request(method, path, dict(headers or {}), params, content, content_length)
         async with self._exchange(request) as response:
             body = bytearray()
             async for chunk in response.aiter_bytes():
@@ -116,7 +114,7 @@ class HttpChannel:
             path: What follows the base URL, or an absolute URL on its origin.
             headers: Added to the channel's own, and winning over them.
         """
-        request = self._request("GET", path, dict(headers or {}), None, None)
+        request = self._request("GET", path, dict(headers or {}))
         async with self._exchange(request) as response:
             parts: list[bytes] = []
             length = 0
@@ -142,8 +140,9 @@ class HttpChannel:
         method: str,
         path: str,
         headers: Mapping[str, str],
-        params: Mapping[str, str] | None,
-        content: bytes | AsyncIterator[bytes] | None,
+        params: Mapping[str, str] | None = None,
+        content: bytes | AsyncIterator[bytes] | None = None,
+        content_length: int | None = None,
     ) -> httpx2.Request:
         url = self._base_url + path
         if path.startswith(("https://", "http://")):
@@ -156,6 +155,10 @@ class HttpChannel:
         for name, value in sent.items():
             if not _LEGAL_HEADER_VALUE.fullmatch(value):
                 raise NotSentError(f"header `{name}` holds a character that HTTP does not allow")
+        sent = {name: value for name, value in sent.items() if name not in _FRAMING_HEADERS}
+        if content_length is not None and content is not None and not isinstance(content, bytes):
+            sent["content-length"] = str(content_length)
+            content = _exactly(content_length, content)
         try:
             return self._client.build_request(
                 method, url, headers=sent, params=params, content=content, timeout=self._timeout

@@ -1,4 +1,4 @@
-"""What must survive the process: one schema, in an SQLite file by default, in PostgreSQL for many machines."""
+"""What must survive the process: in an SQLite file by default, in PostgreSQL for many machines."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Admission: each payload gets the one row that stands for it, new or found again.
 
-What was stored is read and held, what becomes of each payload is decided without the database, and the decision is
-written: three steps in one transaction.
+What was stored is read and held, what becomes of each payload is decided without the database, and the
+decision is written: three steps in one transaction.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Admission(Owners):
     """How requests get in."""
 
     def admit(self, owner: str, run: str | None, items: Sequence[NewRequest], now: float) -> list[Admitted]:
-        """Store requests as QUEUED for `owner`, or attach to the rows that already stand for them; in item order.
+        """Store requests as QUEUED for `owner`, or attach to the rows that stand for them; in item order.
 
-        In a named run the row is the one with the same (run, payload hash, occurrence); one that has an outcome which
-        is an error and was handed out, or whose answer is gone, starts again (QUEUED, attempt + 1, body stored anew,
-        owner set). The run is opened if new; a finished run of that name starts empty.
-        Without a run it is a row without a run, of an owner whose lease has run out, with the same hash and not
-        handed out; each such row is taken once, and `owner` becomes its owner.
-        An unsettled row of a dead owner gets `owner` as its owner and, if it is QUEUED, the item's deadline. A row
-        comes back with its outcome if it has one; bodies never come back. Repeated with the same ids, it returns what
-        the first call stored.
+        In a named run the row is the one with the same (run, payload hash, occurrence); one that has an
+        outcome which is an error and was handed out, or whose answer is gone, starts again (QUEUED, attempt +
+        1, body stored anew, owner set). The run is opened if new; a finished run of that name starts empty.
+        Without a run it is a row without a run, of an owner whose lease has run out, with the same hash and
+        not handed out; each such row is taken once, and `owner` becomes its owner. An unsettled row of a dead
+        owner gets `owner` as its owner and, if it is QUEUED, the item's deadline. A row comes back with its
+        outcome if it has one; bodies never come back. Repeated with the same ids, it returns what the first
+        call stored.
 
         Dying inside: all of the items are stored, or none.
         """
@@ -63,14 +63,12 @@ class Admission(Owners):
     def _open_run(self, connection: Connection, run: str, now: float) -> None:
         """Open a run or touch it; the row is held, so that admissions to one run come one after the other."""
         statement = self._db.insert(runs)
+        opened_at = case((runs.c.finished_at.is_(None), runs.c.opened_at), else_=now)
+        changed = {"opened_at": opened_at, "touched_at": now, "finished_at": None}
         connection.execute(
             statement.on_conflict_do_update(
                 index_elements=[runs.c.name],
-                set_={
-                    "opened_at": case((runs.c.finished_at.is_(None), runs.c.opened_at), else_=now),
-                    "touched_at": now,
-                    "finished_at": None,
-                },
+                set_=changed,
             ),
             {"name": run, "opened_at": now, "touched_at": now, "finished_at": None},
         )
@@ -85,7 +83,7 @@ class Admission(Owners):
     def _left_behind(
         self, connection: Connection, owner: str, items: Iterable[NewRequest]
     ) -> Sequence[Row[Any]]:
-        """Return the rows without a run that a dead owner never handed out and that may stand for items, held."""
+        """Return the rows without a run that a dead owner left and that may stand for items, held."""
         hashes = [item.payload_hash for item in items]
         return connection.execute(
             _STANDING.where(
@@ -99,16 +97,13 @@ class Admission(Owners):
     def _carry_out(self, connection: Connection, plan: _Plan) -> None:
         self._update(connection, plan.taken, owner=plan.owner, shared=NO)
         self._update(connection, plan.shared, shared=YES)
-        if plan.deadlines:
-            connection.execute(_NEW_DEADLINE, plan.deadlines)
+        self._db.many(connection, _NEW_DEADLINE, plan.deadlines)
         if plan.restarted:
             again = [row["of_id"] for row in plan.restarted]
             connection.execute(delete(answers).where(self._db.among(answers.c.id, again)))
-            connection.execute(_RESTART, plan.restarted)
-        if plan.new:
-            connection.execute(self._db.insert(requests).values(_NEW).on_conflict_do_nothing(), plan.new)
-        if plan.bodies:
-            connection.execute(self._db.insert(bodies).on_conflict_do_nothing(), plan.bodies)
+            self._db.many(connection, _RESTART, plan.restarted)
+        self._db.many(connection, self._db.insert(requests).values(_NEW).on_conflict_do_nothing(), plan.new)
+        self._db.many(connection, self._db.insert(bodies).on_conflict_do_nothing(), plan.bodies)
 
 
 @dataclass(slots=True)

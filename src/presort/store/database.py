@@ -1,8 +1,8 @@
 """The connection to the database: transactions, what differs between SQLite and PostgreSQL, errors, upgrades.
 
-A writing transaction on SQLite begins with `BEGIN IMMEDIATE`, so that it waits for its turn before it reads anything
-and can never find halfway that it must give up. On PostgreSQL it runs under READ COMMITTED, and whoever reads before
-writing locks the rows, in the order of their ids.
+A writing transaction on SQLite begins with `BEGIN IMMEDIATE`, so that it waits for its turn before it reads
+anything and can never find halfway that it must give up. On PostgreSQL it runs under READ COMMITTED, and
+whoever reads before writing locks the rows, in the order of their ids.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from decimal import Context, Decimal
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    Insert,
     Numeric,
     Table,
     Text,
+    Update,
     any_,
     cast,
     create_engine,
@@ -48,6 +51,9 @@ from presort.store.schema import REVISION, VERSION_TABLE
 BUSY_SECONDS = 30.0
 """How long a transaction waits for another process's."""
 
+_MANY = 50
+"""From so many rows on, compiling a statement anew costs less than what it saves."""
+
 _SCHEMA_LOCK = 0x7072_6573_6F72_7401
 """PostgreSQL advisory lock held while the schema is made or changed: `presort` and 1."""
 
@@ -58,7 +64,7 @@ _EXACT = Context(prec=400)
 """Sums of amounts never round: an amount has few digits on either side of the point."""
 
 _SQLITE_TROUBLE = {
-    sqlite3.SQLITE_BUSY: f"another process kept it locked for {BUSY_SECONDS:.0f} seconds; end that one, or try again",
+    sqlite3.SQLITE_BUSY: f"another process held its lock for {BUSY_SECONDS:.0f} seconds; end that, or wait",
     sqlite3.SQLITE_READONLY: "it cannot be written; change its permissions, or choose another path",
     sqlite3.SQLITE_IOERR: "reading or writing the disk failed; check the disk and its free space",
     sqlite3.SQLITE_CORRUPT: "the file is damaged; move it away and restore a backup, or start with a new one",
@@ -70,7 +76,7 @@ _SQLITE_TROUBLE = {
 
 
 class Database:
-    """One database: gives out transactions, and the few pieces of SQL that the two dialects say differently."""
+    """One database: gives out transactions, and the little SQL that the two dialects say differently."""
 
     def __init__(self, engine: Engine, location: str) -> None:
         self.location = location
@@ -78,7 +84,7 @@ class Database:
         self.is_postgres = engine.dialect.name == "postgresql"
         self._engine = engine
         self._writer = engine.execution_options(presort_write=True)
-        # SQLite has one writer at a time: threads of one process queue up here, in order, instead of polling the file
+        # SQLite has one writer at a time: threads of one process queue up here instead of polling the file
         self._turn: AbstractContextManager[Any] = nullcontext() if self.is_postgres else threading.Lock()
         self._closed = False
 
@@ -109,7 +115,7 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """One writing transaction: committed at the end, undone if the block or the process ends in any other way."""
+        """One writing transaction: committed at the end, undone if block or process end in any other way."""
         self._check_open()
         with _translated(self.location), self._turn, self._writer.begin() as connection:
             yield connection
@@ -130,7 +136,7 @@ class Database:
             if raw is not None:
                 raw.execute("PRAGMA incremental_vacuum").fetchall()
 
-    # -- where the dialects differ -------------------------------------------------------------------------------
+    # -- where the dialects differ ---------------------------------------------------------------------------
     def insert(self, table: Table) -> postgresql.Insert | sqlite.Insert:
         """Return an INSERT that knows ON CONFLICT."""
         return postgresql.insert(table) if self.is_postgres else sqlite.insert(table)
@@ -148,12 +154,33 @@ class Database:
             return cast(func.sum(cast(column, Numeric)), Text)
         return func.exact_sum(column)
 
+    def many(
+        self, connection: Connection, statement: Insert | Update, rows: Sequence[dict[str, Any]]
+    ) -> None:
+        """Run a statement once for each row.
+
+        Many rows go past SQLAlchemy, which would look at each for as long as SQLite takes to store it: their
+        values must be what the driver takes.
+        """
+        if len(rows) < _MANY:
+            if rows:
+                connection.execute(statement, list(rows))
+            return
+        compiled = statement.compile(connection, column_keys=list(rows[0]))
+        fixed = {name: value for name, value in compiled.params.items() if name not in rows[0]}
+        full = [fixed | row for row in rows] if fixed else list(rows)
+        if compiled.positional:
+            names = compiled.positiontup or []
+            connection.exec_driver_sql(str(compiled), list(map(itemgetter(*names), full)))
+        else:
+            connection.exec_driver_sql(str(compiled), full)
+
     def lock_for(self, connection: Connection, number: int) -> None:
         """Wait until no other transaction holds this number, and hold it until the end of this one."""
         if self.is_postgres:
             connection.execute(select(func.pg_advisory_xact_lock(number)))
 
-    # -- the schema ----------------------------------------------------------------------------------------------
+    # -- the schema ------------------------------------------------------------------------------------------
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"the store {self.location} was closed")
@@ -166,7 +193,7 @@ class Database:
         return version or ""
 
     def _upgrade(self) -> None:
-        """Create the tables or bring them up to date, in one transaction; other processes wait and find it done."""
+        """Create the tables or bring them up to date, in one transaction; others wait and find it done."""
         with self.read() as connection:
             version = self._version(connection)
         if version == REVISION:
@@ -203,7 +230,9 @@ def _parse(url: str) -> URL:
 
 
 def _for_people(url: URL) -> str:
-    return url.set(password=None, query={}, drivername="postgresql").render_as_string(hide_password=True)
+    """Write a URL without its password, wherever that is, and without its options."""
+    where = {name: value for name, value in url.query.items() if name in {"host", "port"}}
+    return url.set(drivername="postgresql", query=where)._replace(password=None).render_as_string()
 
 
 def _sqlite_engine(path: Path) -> Engine:
@@ -228,7 +257,7 @@ def _prepare_sqlite(raw: sqlite3.Connection, _record: object) -> None:
     raw.execute("PRAGMA journal_size_limit = 67108864")
     raw.execute("PRAGMA cache_size = -16384")
     raw.execute("PRAGMA temp_store = MEMORY")
-    raw.create_aggregate("exact_sum", 1, _ExactSum)
+    raw.create_aggregate("exact_sum", 1, _ExactSum)  # type: ignore[arg-type] # the sum is text
 
 
 def _when_free(step: Callable[[], object]) -> None:
@@ -304,7 +333,7 @@ def _too_new(location: str, version: str) -> StoreVersionError:
 
 @contextmanager
 def _translated(location: str) -> Iterator[None]:
-    """Turn the database's errors into `StoreError`: one line that names the store and the way out, the cause kept."""
+    """Turn the database's errors into `StoreError`: one line with the store and the way out; cause kept."""
     try:
         yield
     except DBAPIError as error:

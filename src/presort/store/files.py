@@ -1,7 +1,7 @@
 """Where the store's file lies, and where it must not.
 
-SQLite needs working locks and shared memory among all who use one file. Network file systems promise them and break
-them, and the file is damaged without a word; so they are refused.
+SQLite needs working locks and shared memory among all who use one file. Network file systems promise them and
+break them, and the file is damaged without a word; so they are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
     "orangefs prl_fs pvfs2 smb smb2 smb3 smbfs vboxsf webdav "
     "blobfuse blobfuse2 gcsfuse goofys juicefs mount-s3 mountpoint-s3 rclone s3fs seaweedfs sshfs".split()
 )
-"""File systems shared among machines, as `/proc/mounts` and macOS's `mount` name them, without a leading `fuse.`."""
+"""File systems shared among machines, as `/proc/mounts` and macOS's `mount` name them, without `fuse.`."""
 
 
 def default_url() -> str:
@@ -32,10 +32,10 @@ def default_url() -> str:
 
 
 def file_system(mounts: str, path: str) -> str | None:
-    """Return the type of the file system that holds an absolute, resolved POSIX path; `None` if it is not listed.
+    """Return the type of the file system that holds a resolved POSIX path; `None` if it is not listed.
 
-    `mounts` is the text of `/proc/mounts`, or what macOS's `mount` prints. Of two mounts on one folder the later
-    one counts.
+    `mounts` is the text of `/proc/mounts`, or what macOS's `mount` prints. Of two mounts on one folder the
+    later one counts.
     """
     wanted = PurePosixPath(path)
     best: tuple[int, str] | None = None
@@ -55,11 +55,11 @@ def is_network(kind: str) -> bool:
 
 
 def prepare(path: Path) -> None:
-    """Make sure that a store's file can be opened: right place, and readable by this user only from its first byte.
+    """Make sure that a store's file can be opened, and that only this user can read it from its first byte.
 
-    The folder is created 0700 and the file 0600 if they are missing; what is there keeps its permissions. SQLite
-    gives its `-wal` and `-shm` files those of the store's. An existing file is never opened here: closing it again
-    would drop the locks that this process may hold on it.
+    The folder is created 0700 and the file 0600 if they are missing; what is there keeps its permissions.
+    SQLite gives its `-wal` and `-shm` files those of the store's. An existing file is never opened here:
+    closing it again would drop the locks that this process may hold on it.
 
     Raises `StoreError` for a network file system or a place that cannot be written.
     """
@@ -95,7 +95,7 @@ def _mount_point(line: str) -> tuple[str, str] | None:
     if mac := re.fullmatch(r".+? on (/.*) \(([^,()]+).*\)", line):
         return mac[1], mac[2].strip()
     fields = line.split()
-    if len(fields) < 3:  # noqa: PLR2004
+    if len(fields) < 3:
         return None
     return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[1]), fields[2]
 
@@ -103,26 +103,25 @@ def _mount_point(line: str) -> tuple[str, str] | None:
 def _file_system_of(path: Path) -> str | None:
     """Return the type of the file system that holds a path, as far as this platform says."""
     resolved = str(path.resolve())
+    kind: str | None = None
     if sys.platform == "win32":
-        return _windows_file_system(resolved)
+        drive_is_remote = 4
+        root = os.path.splitdrive(resolved)[0] + "\\"
+        if ctypes.windll.kernel32.GetDriveTypeW(root) == drive_is_remote:  # drive letters and shares alike
+            kind = "smb"
+    else:
+        kind = file_system(_mounts(), resolved)
+    return kind
+
+
+def _mounts() -> str:
+    """Return the table of mounts; empty if this platform does not tell."""
     try:
         if sys.platform == "darwin":
-            mounts = subprocess.run(  # noqa: S603 # a fixed command
-                ["/sbin/mount"], capture_output=True, text=True, timeout=5, check=True
-            ).stdout
+            command = ["/sbin/mount"]
+            table = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
         else:
-            mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape")
+            table = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape")
     except (OSError, subprocess.SubprocessError):
-        return None
-    return file_system(mounts, resolved)
-
-
-def _windows_file_system(resolved: str) -> str | None:
-    """Return `smb` for a network drive or share."""
-    if sys.platform != "win32":
-        return None
-    if resolved.startswith("\\\\") and not resolved.startswith("\\\\?\\"):
-        return "smb"
-    drive_is_remote = 4
-    root = os.path.splitdrive(resolved)[0] + "\\"
-    return "smb" if ctypes.windll.kernel32.GetDriveTypeW(root) == drive_is_remote else None
+        return ""
+    return table

@@ -35,17 +35,17 @@ class Jobs(Owners):
     """What is sent together."""
 
     def form_job(self, job: Job, request_ids: Sequence[str]) -> int:
-        """Store a PENDING job of those of the requests that are still QUEUED for the batch route (IN_JOB now).
+        """Store a PENDING job of those of the requests that still are QUEUED for a batch (IN_JOB now).
 
-        Its count, size and deadline are set from the rows; returns the count. With 0 no job is stored. Repeated with
-        the same job, it returns what the first call did.
+        Its count, size and deadline are set from the rows; returns the count. With 0 no job is stored.
+        Repeated with the same job, it returns what the first call did.
 
         Dying inside: the job is stored with all its requests, or they are all still queued.
         """
         return self._form(job, request_ids, select(requests.c.id).where(queued_for_batch), attempts=0)
 
     def regroup(self, job: Job, old_job_id: str, request_ids: Sequence[str]) -> int:
-        """As `form_job`, for requests that are IN_JOB in an old job and unsettled: attempt + 1, into the new one.
+        """As `form_job`, for requests that are unsettled in an old job: attempt + 1, into the new one.
 
         Dying inside: all are in the new job, or all in the old one.
         """
@@ -55,7 +55,7 @@ class Jobs(Owners):
         return self._form(job, request_ids, there, attempts=1)
 
     def claim_jobs(self, owner: str, now: float, lease_seconds: float, limit: int) -> list[ClaimedJob]:
-        """Lease the jobs that are due, not COMPLETED and not under a live lease (of anybody, `owner` included).
+        """Lease the jobs that are due, not COMPLETED and not under a live lease (of anybody).
 
         Dying inside: nothing is leased; dying afterwards, the leases run out.
         """
@@ -103,7 +103,9 @@ class Jobs(Owners):
             return list(held)
 
     def update_job(self, job: Job, changes: dict[str, Any], *, release: bool = False) -> Job | None:
-        """Change fields of a job if its fence still is `job.fence`; with `release` the lease ends. `None` if fenced off.
+        """Change fields of a job if its fence still is `job.fence`, else return `None`.
+
+        With `release` the lease ends as well.
 
         Raises `TypeError` for what is not a field of `Job`, or names the job: id, key and fence.
 
@@ -117,8 +119,8 @@ class Jobs(Owners):
     def mark_creating(self, job: Job, key: BatchKey, now: float) -> Job | None:
         """Record, durably, that the create is about to be sent: SUBMITTING with `create_at`.
 
-        `None`, and nothing changed, if fenced off or if another job of the same provider, base URL and account is
-        SUBMITTING with a `create_at`: at most one create in doubt per account.
+        `None`, and nothing changed, if fenced off or if another job of the same provider, base URL and
+        account is SUBMITTING with a `create_at`: at most one create in doubt per account.
 
         Dying inside: nothing is recorded and nothing was sent; dying afterwards, the create is in doubt.
         """
@@ -223,7 +225,7 @@ class Jobs(Owners):
             earliest: float | None = connection.scalar(select(func.min(jobs.c.due_at)).where(unfinished))
             return earliest
 
-    # -- people --------------------------------------------------------------------------------------------------
+    # -- people ----------------------------------------------------------------------------------------------
     def job_views(self, now: float, *, all_jobs: bool = False) -> list[JobView]:
         """Return the jobs under way, oldest first; with `all_jobs` the completed ones too."""
         settled = (
@@ -281,7 +283,7 @@ class Jobs(Owners):
             ).all()
             return iter([self._key(connection, key_id) for key_id in sorted(found)])
 
-    # -- inside a transaction ------------------------------------------------------------------------------------
+    # -- inside a transaction --------------------------------------------------------------------------------
     def _form(self, job: Job, request_ids: Sequence[str], eligible: Select[Any], attempts: int) -> int:
         with self._db.write() as connection:
             stored: int | None = connection.scalar(select(jobs.c.count).where(jobs.c.id == job.id))

@@ -20,7 +20,7 @@ class Ledger(Owners):
     """What was spent."""
 
     def book(self, rows: Sequence[LedgerRow]) -> None:
-        """Write ledger rows; one that is already there is left alone, unless it was in doubt and is known now.
+        """Write ledger rows; one that is there already is left alone, unless it was in doubt.
 
         Dying inside: all are booked, or none and they can be booked again.
         """
@@ -85,12 +85,12 @@ class Ledger(Owners):
     def _book(self, connection: Connection, costs: Sequence[LedgerRow]) -> None:
         """Write ledger rows inside a transaction, in one order, against deadlocks.
 
-        A custom_id has one row: the same answer cannot be paid and wasted. A doubt gives way to what is known.
+        A custom_id has one row: the same answer cannot be paid and wasted. A doubt gives way to what is
+        known.
         """
-        if not costs:
-            return
         statement = self._db.insert(ledger)
-        connection.execute(
+        self._db.many(
+            connection,
             statement.on_conflict_do_update(
                 index_elements=[ledger.c.custom_id],
                 set_={column.name: statement.excluded[column.name] for column in ledger.c},

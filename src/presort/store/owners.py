@@ -1,8 +1,9 @@
 """Owners: processes that hold leases, and what all parts of the store share.
 
-An owner whose lease has run out may still come back, and nothing is lost if it does before anybody acts on its
-absence. Whoever is about to act first *buries* the dead, which deletes their rows, in the same transaction. From then
-on an owner without a row is dead; and one that comes back finds out by its next heartbeat.
+An owner whose lease has run out may still come back, and nothing is lost if it does before anybody acts on
+its absence. Whoever is about to act first *buries* the dead, which deletes their rows, in the same
+transaction. From then on an owner without a row is dead; and one that comes back finds out by its next
+heartbeat.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Owners:
             )
 
     def heartbeat(self, owner: str, now: float, lease_seconds: float) -> bool:
-        """Prolong a process's lease; `False` if it had run out and was taken as dead meanwhile (it must join anew).
+        """Prolong a process's lease; `False` if it had run out and was taken as dead meanwhile.
+
+        Then it must join anew.
 
         Dying inside: the lease is prolonged, or it runs out as it would have.
         """
@@ -77,9 +80,9 @@ class Owners:
             )
             return [(owner, host, pid) for owner, host, pid in found]
 
-    # -- shared by the other parts -------------------------------------------------------------------------------
+    # -- shared by the other parts ---------------------------------------------------------------------------
     def _bury(self, connection: Connection, now: float, acting: str | None = None) -> None:
-        """Delete the owners whose lease has run out, besides the one that acts: it is alive, or it would not."""
+        """Delete the owners whose lease has run out, but not the one that acts: it is alive."""
         connection.execute(delete(owners).where(owners.c.lease_until <= now, owners.c.id != (acting or "")))
 
     def _alive(self, connection: Connection) -> set[str]:
@@ -100,7 +103,7 @@ class Owners:
         return self._keys[key_id]
 
     def _lock(self, connection: Connection, query: Select[Any], ids: Sequence[str]) -> list[Row[Any]]:
-        """Read some requests and hold them until the transaction ends; always in one order, against deadlocks."""
+        """Read some requests and hold them until the transaction ends; in one order, against deadlocks."""
         if not ids:
             return []
         return list(

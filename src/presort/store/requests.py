@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, null, select, update
 
 from presort.request import BatchKey, Request, RequestState, Route
 from presort.store import rows
@@ -35,7 +35,8 @@ class Requests(Admission, Ledger):
     def withdraw(self, ids: Sequence[str]) -> list[str]:
         """Delete those of the requests that are still QUEUED; return their ids.
 
-        One that another owner has attached to in a named run is not deleted but given up, for others to adopt.
+        One that another owner has attached to in a named run is not deleted but given up, for others to
+        adopt.
 
         Dying inside: all are withdrawn, or none.
         """
@@ -57,7 +58,7 @@ class Requests(Admission, Ledger):
             return withdrawn
 
     def adopt(self, owner: str, now: float, limit: int) -> list[tuple[Request, BatchKey, int]]:
-        """Take over QUEUED batch-route requests of named runs whose owner is dead; with key and size in bytes.
+        """Take over QUEUED batch-route requests of named runs whose owner is dead; with key and size.
 
         Dying inside: nobody has taken them over, or `owner` has, whose lease runs out in turn.
         """
@@ -125,7 +126,8 @@ class Requests(Admission, Ledger):
 
         An owner whose lease has run out gets none: others may take what it sends for cut off.
 
-        Dying inside: nothing is recorded and nothing was sent; dying afterwards, what was recorded is in doubt.
+        Dying inside: nothing is recorded and nothing was sent; dying afterwards, what was recorded is in
+        doubt.
         """
         with self._db.write() as connection:
             alive = connection.scalar(
@@ -158,19 +160,22 @@ class Requests(Admission, Ledger):
     def rescue_standard(self, now: float) -> list[ClaimedRequest]:
         """Put ON_STANDARD requests of dead senders back in the standard queue (attempt + 1).
 
-        They were in doubt, and are booked as that here, or a second crash would lose the doubt. Returns them as they
-        were (old attempt), without bodies.
+        They were in doubt, and are booked as that here, or a second crash would lose the doubt. Returns them
+        as they were (old attempt), without bodies.
 
         Dying inside: all are queued again and booked, or none.
         """
         with self._db.write() as connection:
             self._bury(connection, now)
-            found = connection.execute(
-                select(*rows.REQUEST, requests.c.reason)
+            held = connection.execute(
+                select(*rows.REQUEST, requests.c.reason, requests.c.sender)
                 .where(on_standard, is_dead(requests.c.sender))
-                .order_by(requests.c.id)
+                .order_by(requests.c.sender, requests.c.id)  # or SQLite reads the whole table by its ids
                 .with_for_update(skip_locked=True)
             ).all()
+            # asked again now that they are held: a new process may have joined and sent one of them meanwhile
+            alive = self._alive(connection)
+            found = [row for row in held if row.sender not in alive]
             self._requeue(connection, [row.id for row in found])
             rescued = [
                 ClaimedRequest(rows.request_of(row), self._key(connection, row.key_id), row.reason)
@@ -180,11 +185,12 @@ class Requests(Admission, Ledger):
             return rescued
 
     def release_standard(self, owner: str, ids: Sequence[str]) -> None:
-        """Put ON_STANDARD requests of `owner` that provably were not sent, or were refused for now, back in the queue
-        (QUEUED there, attempt + 1).
+        """Put ON_STANDARD requests of `owner` back in the queue (QUEUED there, attempt + 1).
+
+        They provably were not sent, or were refused for now.
 
         Dying inside: all are queued again, or all are still in doubt.
-        """  # noqa: D205
+        """
         with self._db.write() as connection:
             mine = select(requests.c.id).where(on_standard, requests.c.sender == owner)
             self._requeue(connection, [row.id for row in self._lock(connection, mine, ids)])
@@ -192,8 +198,8 @@ class Requests(Admission, Ledger):
     def settle(self, items: Sequence[Settlement], now: float) -> list[str]:
         """Write outcomes, each request's first only; book every ledger row; return the ids that were first.
 
-        The body goes when the outcome is stored. A ledger row that is already there is left alone, unless it was in
-        doubt and is known now; one whose outcome came second is booked as WASTED instead of PAID.
+        The body goes when the outcome is stored. A ledger row that is already there is left alone, unless it
+        was in doubt and is known now; one whose outcome came second is booked as WASTED instead of PAID.
 
         Dying inside: all outcomes and ledger rows are stored, or none and they can be settled again.
         """
@@ -213,8 +219,8 @@ class Requests(Admission, Ledger):
                     costs.append(replace(item.ledger, spend=Spend.WASTED) if late else item.ledger)
             if first:
                 winners = sorted(first.values(), key=lambda item: item.request_id)
-                connection.execute(_SETTLE, [rows.outcome_row(item, now) for item in winners])
-                connection.execute(insert(answers), [rows.answer_row(item) for item in winners])
+                self._db.many(connection, _SETTLE, [rows.outcome_row(item, now) for item in winners])
+                self._db.many(connection, insert(answers), [rows.answer_row(item) for item in winners])
                 connection.execute(delete(bodies).where(self._db.among(bodies.c.id, list(first))))
             self._book(connection, costs)
             return list(first)
@@ -233,8 +239,8 @@ class Requests(Admission, Ledger):
     def settled_since(self, since: float, limit: int) -> list[tuple[str, float]]:
         """Return (id, settled at) of requests settled at or after a time, oldest first.
 
-        Those settled at the same time are never cut apart, even if they are more than the limit: the next call may
-        begin right after the last time.
+        Those settled at the same time are never cut apart, even if they are more than the limit: the next
+        call may begin right after the last time.
         """
         query = (
             select(requests.c.id, requests.c.settled_at)
@@ -270,7 +276,7 @@ class Requests(Admission, Ledger):
             if gone:
                 connection.execute(delete(answers).where(self._db.among(answers.c.id, gone)))
 
-    # -- inside a transaction ------------------------------------------------------------------------------------
+    # -- inside a transaction --------------------------------------------------------------------------------
     def _requeue(self, connection: Connection, ids: Sequence[str]) -> None:
         self._update(
             connection,
@@ -286,7 +292,7 @@ _SETTLE = (
     .where(requests.c.id == bindparam("of_id"))
     .values(
         state=SETTLED,
-        sender=None,
+        sender=null(),
         **{
             name: bindparam(name)
             for name in ("outcome", "status", "outcome_route", "reason", "batch_id", "settled_at")

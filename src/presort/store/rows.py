@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import astuple, fields
+from dataclasses import fields
 from decimal import Decimal
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Select, select
@@ -43,6 +44,10 @@ JOB: Sequence[ColumnElement[Any]] = tuple(jobs.c[field.name] for field in fields
 """What `job_of` reads."""
 
 USAGE: Sequence[Column[Any]] = tuple(ledger.c[field.name] for field in fields(Usage))
+"""The ledger's columns for the fields of `Usage`, in their order."""
+
+_USAGE_NAMES = tuple(field.name for field in fields(Usage))
+_tokens = attrgetter(*_USAGE_NAMES)  # `astuple` is fifty times slower
 
 
 def with_outcomes(*more: ColumnElement[Any]) -> Select[Any]:
@@ -96,7 +101,7 @@ def answer_row(item: Settlement) -> dict[str, Any]:
     return {
         "id": item.request_id,
         "body": item.outcome.body,
-        "usage": None if usage is None else json.dumps(astuple(usage)),
+        "usage": None if usage is None else json.dumps(_tokens(usage)),
     }
 
 
@@ -118,7 +123,7 @@ def job_row(changes: dict[str, Any]) -> dict[str, Any]:
 
 def key_of(row: Sequence[Any]) -> BatchKey:
     """Read a row of `batch_keys`."""
-    return BatchKey(*row[1:6], tuple((name, value) for name, value in json.loads(row[6])))
+    return BatchKey(row[1], row[2], row[3], row[4], row[5], tuple(map(tuple, json.loads(row[6]))))
 
 
 def key_row(key: BatchKey) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def key_row(key: BatchKey) -> dict[str, Any]:
 
 def ledger_row(row: LedgerRow) -> dict[str, Any]:
     """Write what an answer cost."""
-    usage = (None,) * len(USAGE) if row.usage is None else astuple(row.usage)
+    usage = (None,) * len(USAGE) if row.usage is None else _tokens(row.usage)
     return {
         "custom_id": row.custom_id,
         "spend": row.spend.value,
@@ -145,7 +150,7 @@ def ledger_row(row: LedgerRow) -> dict[str, Any]:
         "model": row.model,
         "account": row.account,
         "at": row.at,
-        **{column.name: tokens for column, tokens in zip(USAGE, usage, strict=True)},
+        **dict(zip(_USAGE_NAMES, usage, strict=True)),
         "baseline_usd": _digits(row.baseline_usd),
         "actual_usd": _digits(row.actual_usd),
         "run": row.run,

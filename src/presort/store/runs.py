@@ -22,15 +22,16 @@ class Runs(Owners):
     """What may go."""
 
     def opened_at(self, run: str) -> float | None:
-        """Return when a named run was opened, the last time if it was finished before; `None` if it never was."""
+        """Return when a named run was opened, or opened again after it was finished; `None` if never."""
         with self._db.read() as connection:
-            return connection.scalar(select(runs.c.opened_at).where(runs.c.name == run))
+            opened: float | None = connection.scalar(select(runs.c.opened_at).where(runs.c.name == run))
+            return opened
 
     def finish_run(self, run: str, now: float) -> None:
         """Finish a named run: its answers are deleted, and the same name starts anew next time.
 
-        Its settled requests are deleted with their answers. The others stay, no longer matched by the name: they are
-        still sent and collected, and count as requests without a run.
+        Its settled requests are deleted with their answers. The others stay, no longer matched by the name:
+        they are still sent and collected, and count as requests without a run.
 
         Dying inside: the run is finished, or as it was.
         """
@@ -48,15 +49,14 @@ class Runs(Owners):
             )
 
     def prune(self, now: float, replay_seconds: float, row_seconds: float) -> int:
-        """Delete answers of named runs untouched for `replay_seconds`, and settled request rows older than `row_seconds`
-        (and completed jobs without requests); return the number of requests touched. The ledger stays.
+        """Delete what has grown old; return the number of requests touched. The ledger stays.
 
-        An answer is old enough only if it has itself been there for `replay_seconds`. Queued requests that nobody
-        alive has waited for during `row_seconds`, and whose deadline has passed, go as well: their prompts must not
-        stay for ever.
+        Answers of named runs untouched for `replay_seconds` go, if they themselves are so old; settled
+        requests older than `row_seconds`; completed jobs without requests. Queued requests that are
+        so old, past their deadline and whose owner is dead go as well: their prompts must not stay for ever.
 
         Dying inside: all of it is gone, or nothing.
-        """  # noqa: D205
+        """
         old = now - row_seconds
         with self._db.write() as connection:
             self._bury(connection, now)

@@ -1,11 +1,11 @@
-"""The tables, as SQLAlchemy Core knows them. The migrations create them; a contract test holds the two together.
+"""The tables, as SQLAlchemy Core knows them. The migrations create them; a test holds the two together.
 
-There are no foreign keys: rows that belong together are written and deleted in one transaction by one method, the
-ledger outlives what it speaks of, and a key check for every row would cost a tenth of the store's speed.
+There are no foreign keys: rows that belong together are written and deleted in one transaction by one method,
+the ledger outlives what it speaks of, and a key check for every row would cost a tenth of the store's speed.
 
-Bodies and answers have tables of their own, since both databases rewrite a whole row when one of its columns changes:
-a request moves through its states without its prompt being copied each time. Every name begins with `presort_`, for
-in PostgreSQL the database may be the host application's.
+Bodies and answers have tables of their own, since both databases rewrite a whole row when one of its columns
+changes: a request moves through its states without its prompt being copied each time. Every name begins with
+`presort_`, for in PostgreSQL the database may be the host application's.
 """
 
 from __future__ import annotations

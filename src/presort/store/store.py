@@ -1,8 +1,9 @@
 """The store: what must survive the process.
 
-Every method is one transaction: it has happened wholly or not at all when the process dies in it. None of them reads
-a clock: times come in as unix seconds. A process is an *owner* with a lease; what a dead owner left is found again by
-the methods that say so. Ids come in from the caller too, so that a repeated call after an uncertain commit does no harm.
+Every method is one transaction: it has happened wholly or not at all when the process dies in it. None of
+them reads a clock: times come in as unix seconds. A process is an *owner* with a lease; what a dead owner
+left is found again by the methods that say so. Ids come in from the caller too, so that a repeated call after
+an uncertain commit does no harm.
 
 The verbs, by what they are about: `owners`, `admission` and `requests`, `runs`, `jobs`, `ledger`.
 """
@@ -29,8 +30,8 @@ class Store(Requests, Runs, Jobs):
 
         A text without `://` is the path of an SQLite file.
 
-        Raises `StoreVersionError` for one written by a newer presort, `StoreError` for one on a network file system,
-        a foreign or damaged file, a folder that cannot be written, a database that does not answer.
+        Raises `StoreVersionError` for one written by a newer presort, `StoreError` for one on a network file
+        system, a foreign or damaged file, a folder that cannot be written, a database that does not answer.
         """
         return cls(Database.open(url))
 
