@@ -184,10 +184,7 @@ class Plain:
         )
         raw.executemany(
             "INSERT INTO presort_answers (id, body, usage) VALUES (?, ?, ?)",
-            [
-                (item.request_id, item.outcome.body, json.dumps(_tokens(item.outcome.usage)))
-                for item in winners
-            ],
+            [(item.request_id, item.outcome.body, json.dumps(_tokens(item.outcome.usage))) for item in winners],
         )
         raw.execute("DELETE FROM presort_bodies WHERE id IN (SELECT value FROM json_each(?))", (ids,))
         raw.executemany(
@@ -253,49 +250,41 @@ def measure(rows: int, group: int, body_bytes: int, folder: Path) -> dict[str, A
     verbs = ("insert", "claim", "settle")
     taken: dict[str, dict[str, list[float]]] = {side: {verb: [] for verb in verbs} for side in sides}
 
-    def clock(side: str, verb: str, step: Callable[[], Any]) -> Any:
+    def clock(side: str, verb: str, step: Callable[..., Any], *arguments: Any) -> Any:
         gc.collect()
         began = time.perf_counter()
-        result = step()
+        result = step(*arguments)
         taken[side][verb].append(time.perf_counter() - began)
         return result
 
+    def form_and_claim(store: Any, job: Job, ids: list[str]) -> int:
+        count: int = store.form_job(job, ids)
+        return count * len(store.claim_jobs("me", 2.0, 1e9, 10))
+
     for number in range(rows // group):
-        base = number * group
-        items = [
-            NewRequest(f"{n:032x}", KEY, f"{n:032x}", os.urandom(body_bytes), 1e6)
-            for n in range(base, base + group)
-        ]
-        settlements = [_settlement(item.id) for item in items]
+        names = [f"{n:032x}" for n in range(number * group, (number + 1) * group)]
+        items = [NewRequest(name, KEY, name, os.urandom(body_bytes), 1e6) for name in names]
+        settlements = [_settlement(name) for name in names]
+        job = Job(f"{number:032x}", KEY.id, JobState.PENDING, 0, 0, 1.0, 0.0, 1.0)
         order = list(sides.items())
         for side, store in order if number % 2 else order[::-1]:
-            unnamed = (None,) if side == "sqlalchemy" else ()
-            admitted = clock(side, "insert", lambda s=store, u=unnamed: s.admit("me", *u, items, 1.0))
-            ids = [each.request.id for each in admitted]
-            job = Job(f"{number:032x}", KEY.id, JobState.PENDING, 0, 0, 1.0, 0.0, 1.0)
-
-            def claim(store: Any = store, job: Job = job, ids: list[str] = ids) -> int:
-                count: int = store.form_job(job, ids)
-                return count * len(store.claim_jobs("me", 2.0, 1e9, 10))
-
-            assert group == clock(side, "claim", claim)
-            assert group == len(clock(side, "settle", lambda s=store: s.settle(settlements, 3.0)))
+            run = (None,) if side == "sqlalchemy" else ()
+            assert group == len(clock(side, "insert", store.admit, "me", *run, items, 1.0))
+            assert group == clock(side, "claim", form_and_claim, store, job, names)
+            assert group == len(clock(side, "settle", store.settle, settlements, 3.0))
     core.close()
     plain.raw.close()
-    seconds = {side: {verb: sum(times) for verb, times in by.items()} for side, by in taken.items()}
-    for by in seconds.values():
+    median = {side: {verb: statistics.median(times) for verb, times in by.items()} for side, by in taken.items()}
+    for by in median.values():
         by["all"] = sum(by.values())
-    medians = {
-        side: {verb: statistics.median(times) for verb, times in by.items()} for side, by in taken.items()
-    }
     return {
         "rows": rows,
         "group": group,
         "body_bytes": body_bytes,
         "sqlite": sqlite3.sqlite_version,
-        "seconds": seconds,
-        "median_seconds_per_group": medians,
-        "ratio": {verb: seconds["sqlalchemy"][verb] / seconds["sqlite3"][verb] for verb in (*verbs, "all")},
+        "total_seconds": {side: sum(map(sum, by.values())) for side, by in taken.items()},
+        "median_seconds_per_group": median,
+        "ratio": {verb: median["sqlalchemy"][verb] / median["sqlite3"][verb] for verb in (*verbs, "all")},
     }
 
 
@@ -331,15 +320,12 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:
-        print(
-            f"{result['rows']} rows of {result['body_bytes']} bytes in groups of {result['group']}, seconds"
-        )
-        print(f"{'':8}{'SQLAlchemy':>12}{'sqlite3':>12}{'ratio':>8}   median per group")
+        print(f"{result['rows']} rows of {result['body_bytes']} bytes, SQLite {result['sqlite']}")
+        print(f"median seconds for {result['group']} rows")
+        print(f"{'':8}{'SQLAlchemy':>12}{'sqlite3':>12}{'ratio':>8}")
         for verb, ratio in result["ratio"].items():
-            ours, theirs = (result["seconds"][side][verb] for side in ("sqlalchemy", "sqlite3"))
-            median = result["median_seconds_per_group"]["sqlalchemy"].get(verb)
-            shown = "" if median is None else f"   {median:.3f}"
-            print(f"{verb:8}{ours:12.2f}{theirs:12.2f}{ratio:8.2f}{shown}")
+            ours, theirs = (result["median_seconds_per_group"][side][verb] for side in ("sqlalchemy", "sqlite3"))
+            print(f"{verb:8}{ours:12.3f}{theirs:12.3f}{ratio:8.2f}")
     return 0 if result["ratio"]["all"] <= RATIO_LIMIT else 1
 
 

@@ -144,7 +144,9 @@ def _google(url: str, settings: dict[str, Any], wrapped: bool, asynchronous: boo
     lib = lib_of("google")
     sync_http = http_client(lib, settings, wrapped, asynchronous=False)
     async_http = http_client(lib, settings, wrapped, asynchronous=True)
-    options = types.HttpOptions(base_url=url, httpx_client=sync_http, httpx_async_client=async_http)
+    # it has a timeout of its own, in milliseconds, that wins over its client's
+    timeout = {"timeout": int(settings["timeout"].read * 1000)} if "timeout" in settings else {}
+    options = types.HttpOptions(base_url=url, httpx_client=sync_http, httpx_async_client=async_http, **timeout)
     client = genai.Client(api_key=KEYS["google"], vertexai=False, http_options=options)
     models = client.aio.models if asynchronous else client.models
     call = {"model": "gemini-3.8-flash", "contents": "hello"}

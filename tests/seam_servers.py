@@ -236,7 +236,8 @@ class Proxy(Server):
     def _forward(self, connection: socket.socket, heard: Heard) -> None:
         where = urlsplit(heard.target)
         path = where.path + (f"?{where.query}" if where.query else "")
-        kept = [f"{name}: {value}" for name, value in heard.headers if not name.lower().startswith("proxy-")]
+        own = {"connection", "proxy-authorization", "proxy-connection"}
+        kept = [f"{name}: {value}" for name, value in heard.headers if name.lower() not in own]
         head = "\r\n".join([f"{heard.method} {path} HTTP/1.1", *kept, "Connection: close", "", ""])
         with socket.create_connection((where.hostname or "", where.port or 80)) as upstream:
             upstream.sendall(head.encode("latin-1") + heard.body)

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from presort.errors import InputError, MissingExtraError
-from presort.indexing import documents
 from presort.indexing.documents import (
     SUFFIXES,
     Document,
@@ -23,6 +22,7 @@ from presort.indexing.documents import (
     count_documents,
     read_documents,
 )
+from presort.indexing.html import html_to_text
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="names and links as POSIX has them")
 
@@ -570,7 +570,7 @@ def test_deep_html_is_read(tmp_path: Path) -> None:
 @given(st.text("<>/&;-!abpdivlscrt =\"'\n\xa0é", max_size=200))
 def test_no_html_breaks_the_reader(content: str) -> None:
     """Any text at all can be read as HTML, and comes out without white space around it."""
-    text = documents._html_to_text(content)
+    text = html_to_text(content)
     assert text == text.strip()
     assert "\n\n\n" not in text
 

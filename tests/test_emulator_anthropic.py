@@ -141,6 +141,26 @@ def test_stream_of_a_tool_call(api: Anthropic) -> None:
     assert {"summary": "The cat sat."} == message.content[0].input
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_tools_left_to_the_model(api: Anthropic, eager: bool) -> None:
+    """A tool that need not be called is called only if `eager_tools` is set, and not again after its result."""
+    tools = [{"name": "note", "input_schema": {"type": "object", "properties": {}}}]
+    result = [{"type": "tool_result", "tool_use_id": "t", "content": "done"}]
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "note", "input": {}}]},
+        {"role": "user", "content": result},
+    ]
+    api.server.set(eager_tools=eager)
+    try:
+        first = api.sdk.messages.create(**ask("Hi", tools=tools))
+        second = api.sdk.messages.create(**ask("", tools=tools, messages=turns))
+    finally:
+        api.server.set(eager_tools=False)
+
+    assert ("tool_use" if eager else "end_turn", "end_turn") == (first.stop_reason, second.stop_reason)
+
+
 def test_max_tokens_cuts(api: Anthropic) -> None:
     """An answer never exceeds `max_tokens`, and says that it was cut."""
     message = api.sdk.messages.create(**ask("A long question " * 20, max_tokens=7))
@@ -206,6 +226,14 @@ def test_async_client(api: Anthropic) -> None:
 def test_refused_messages(api: Anthropic, params: dict[str, Any], expected: tuple[int, str, str]) -> None:
     """A bad request is refused with the vendor's status, type and words."""
     assert expected == api.refused("/v1/messages", {**ask("Hi"), **params})
+
+
+@pytest.mark.parametrize("params", [{"tools": 5}, {"system": 5}, {"tools": ["x"]}, {"output_config": "json"}])
+def test_shapes_nobody_foresaw(api: Anthropic, params: dict[str, Any]) -> None:
+    """JSON of a nonsensical shape is a 400, not a crash."""
+    status, kind, _ = api.refused("/v1/messages", {**ask("Hi"), **params})
+
+    assert (400, "invalid_request_error") == (status, kind)
 
 
 def test_missing_fields(api: Anthropic) -> None:

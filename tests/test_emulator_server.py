@@ -305,7 +305,7 @@ CASES = [
     ({}, 1_050, (Phase.RUNNING, 5, None)),
     ({}, 1_090, (Phase.FINALIZING, 10, None)),
     ({}, 1_100, (Phase.FINALIZING, 10, (Result.COMPLETED, 1_100))),
-    ({"cancelled_at": 1_050.0}, 1_050.5, (Phase.CANCELLING, 5, None)),
+    ({"cancelled_at": 1_057.5}, 1_058.4, (Phase.CANCELLING, 5, None)),
     ({"cancelled_at": 1_050.0}, 2_000, (Phase.CANCELLING, 5, (Result.CANCELLED, 1_051))),
     ({"cancelled_at": 1_099.9}, 1_100, (Phase.CANCELLING, 10, None)),
     ({"ending": Ending.EXPIRE, "share": 0.25}, 1_100, (Phase.RUNNING, 2, (Result.EXPIRED, 1_100))),

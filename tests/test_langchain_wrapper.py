@@ -205,7 +205,7 @@ def test_its_clients_are_freed_too() -> None:
         wrapped = OptimizedLLMWrapper(model)
         for name in clients.family_of(ChatOpenAI).attributes:
             seen.add(getattr(wrapped, name))
-    assert len(seen) > 4
+    assert len(seen) >= 4
     del wrapped
     gc.collect()
     assert len(seen) == 0

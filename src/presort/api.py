@@ -34,9 +34,9 @@ def wrap(thing: T) -> T:
     """Return a copy of a client or chat model whose calls go through presort; the argument is left unchanged.
 
     Args:
-        thing: A LangChain chat model; a client of `anthropic`, `openai` (their Azure, Bedrock and Vertex clients
-            included), any other SDK generated as these two are, or `ollama`; a client or transport of httpx or
-            httpx2.
+        thing: A LangChain chat model; a client of `anthropic`, `openai` (their Azure, Bedrock and Vertex
+            clients included), any other SDK generated as these two are, or `ollama`; a client or transport
+            of httpx or httpx2.
 
     Example:
         >>> client = presort.wrap(anthropic.Anthropic())
@@ -49,7 +49,7 @@ def wrap(thing: T) -> T:
     # what is not loaded cannot be what we were given: no SDK is imported here
     chat_models = sys.modules.get("langchain_core.language_models.chat_models")
     if chat_models is not None and isinstance(thing, chat_models.BaseChatModel):
-        from presort.langchain import OptimizedLLMWrapper  # noqa: PLC0415 - imports langchain_core
+        from presort.langchain import OptimizedLLMWrapper
 
         model: T = OptimizedLLMWrapper(thing)
         return model
@@ -61,20 +61,20 @@ def wrap(thing: T) -> T:
     if any(module.startswith("ollama.") and name == "BaseClient" for module, name in classes):
         twin = copy.copy(client)
         twin._client = transport(client._client)  # noqa: SLF001 - as above
-        wrapped = twin
-        return wrapped
+        copied: T = twin
+        return copied
     if any(module.startswith("google.genai.") for module, _ in classes):
         raise TypeError(
-            "a google-genai client makes its HTTP clients itself; give it wrapped ones: genai.Client(http_options="
-            "types.HttpOptions(httpx_client=presort.transport(httpx.Client()), "
+            "a google-genai client makes its HTTP clients itself; give it wrapped ones: "
+            "genai.Client(http_options=types.HttpOptions(httpx_client=presort.transport(httpx.Client()), "
             "httpx_async_client=presort.transport(httpx.AsyncClient())))"
         )
     try:
         wrapped = transport(thing)
     except TypeError:
         raise TypeError(
-            "expected a LangChain chat model, a client of anthropic, openai or ollama, or a client or transport of "
-            f"httpx or httpx2, got {type(thing).__module__}.{type(thing).__qualname__}"
+            "expected a LangChain chat model, a client of anthropic, openai or ollama, or a client or "
+            f"transport of httpx or httpx2, got {type(thing).__module__}.{type(thing).__qualname__}"
         ) from None
     return wrapped
 
@@ -133,8 +133,8 @@ def stream(
 ) -> Iterator[tuple[int, Outcome]]:
     """Send payloads by the batch route and yield (position from 0, outcome), in the order they came.
 
-    The iterable is drawn while earlier ones are under way; its end sends what is left. Neither prompts nor answers
-    pile up in memory, so it may be a million.
+    The iterable is drawn while earlier ones are under way; its end sends what is left. Neither prompts nor
+    answers pile up in memory, so it may be a million.
 
     Args:
         payloads: As `presort.api.payload` makes them.
@@ -148,8 +148,8 @@ def stream(
 def submit(payloads: Iterable[Payload], *, run: str, deadline: float | None = None) -> int:
     """Store payloads as calls of a named run, and return how many once all of them are safe.
 
-    Nobody waits for the answers: this process, or the next one if it ends, sends them and collects what comes. A
-    later `stream` of the same payloads and run yields the outcomes.
+    Nobody waits for the answers: this process, or the next one if it ends, sends them and collects what comes.
+    A later `stream` of the same payloads and run yields the outcomes.
     """
     _check(run, deadline)
     engine = runtime.engine()
@@ -158,7 +158,8 @@ def submit(payloads: Iterable[Payload], *, run: str, deadline: float | None = No
     count = 0
     while chunk := list(islice(source, ADMIT_CHUNK)):
         engine.check_open()
-        engine.accumulator.put([engine.parcel(each, None, deadline, None, session, group, None) for each in chunk])
+        parcels = [engine.parcel(each, None, deadline, None, session, group, None) for each in chunk]
+        engine.accumulator.put(parcels)
         count += len(chunk)
         _wait_until_stored(engine, group, count)
     group.close()
@@ -173,7 +174,7 @@ def _wait_until_stored(engine: Engine, group: Group, count: int) -> None:
 
 
 def _check(run: str | None, deadline: float | None) -> None:
-    if run is not None and not 0 < len(run) <= 200:  # noqa: PLR2004
+    if run is not None and not 0 < len(run) <= 200:
         raise ConfigurationError(f"a run's name has 1 to 200 characters, got {run!r}")
     if deadline is not None and not deadline > 0:
         raise ConfigurationError(f"`deadline` must be a positive number of seconds, got {deadline!r}")

@@ -7,26 +7,48 @@ settings use two underscores in variables: `PRESORT_BATCHING__FLUSH_SECONDS=5`.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from presort.errors import ConfigurationError
 
 KeySource = Callable[[str, str], str | None]
-"""Called as (provider name, account) when a key is needed; returns the key, or `None` if it has none."""
+"""Called as (provider name, account) when a key is needed; returns the key, or `None` if it has none.
+
+It is called on presort's own thread, and often: it should answer at once, and must not make calls that it waits for.
+"""
+
+
+class KeysByProvider:
+    """Keys that were given as a mapping: for a provider, and thus for no particular account of it."""
+
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        self._keys = dict(keys)
+
+    def __call__(self, provider: str, account: str) -> str | None:  # noqa: ARG002 - as every key source
+        return self._keys.get(provider)
+
 
 _OTHER_VARIABLES = {"PRESORT_CONFIG", "PRESORT_RUN"}
+_OF_OUR_TESTS = "PRESORT_TEST_"
+_SECRETIVE = frozenset({"account", "http", "http.proxy", "store"})
+"""Settings that hold secrets, or into which people paste them: their values are never shown."""
+
+
+def _as_text(path: object) -> object:
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Batching(_Section):
@@ -73,12 +95,18 @@ class Settings(BaseSettings):
     """Everything that can be set. Unknown names and wrong values raise `ConfigurationError`."""
 
     model_config = SettingsConfigDict(
-        env_prefix="PRESORT_", env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
+        env_prefix="PRESORT_",
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
-    store: str | None = None
+    store: Annotated[str, BeforeValidator(_as_text)] | None | None = Field(None, repr=False)
     """SQLAlchemy URL or file path of the store; by default a SQLite file in the user's state folder."""
-    account: str | None = Field(None, pattern=r"^[A-Za-z0-9._@-]{1,64}$")
+    account: str | None = Field(None, pattern=r"^[A-Za-z0-9._@-]{1,64}$", repr=False)
     """A name for who pays. With it a changed key stays the same account."""
     batching: Batching = Batching()
     caching: Caching = Caching()
@@ -133,8 +161,8 @@ def load(keys: KeySource | Mapping[str, str] | None = None, **settings: Any) -> 
         loaded = Settings(**settings)
     except ValidationError as error:
         raise ConfigurationError(_explain(error)) from None
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(str(error)) from error
+    except SettingsError:
+        raise ConfigurationError(_unreadable_variable()) from None
     loaded._keys = _key_source(keys)  # noqa: SLF001 - a private attribute of our own class, kept out of dumps and reprs
     return loaded
 
@@ -157,7 +185,7 @@ def config_file() -> Path | None:
     """Return the configuration file that applies, if any."""
     named = os.environ.get("PRESORT_CONFIG")
     if named:
-        return Path(named)
+        return Path(named).expanduser()
     usual = platformdirs.user_config_path("presort") / "presort.toml"
     return usual if usual.is_file() else None
 
@@ -176,8 +204,7 @@ def _key_source(keys: KeySource | Mapping[str, str] | None) -> KeySource | None:
     if keys is None or callable(keys):
         return keys
     if isinstance(keys, Mapping):
-        by_provider = dict(keys)
-        return lambda provider, _account: by_provider.get(provider)
+        return KeysByProvider(keys)
     raise ConfigurationError(
         f"`keys` must be a function (provider, account) or a mapping from providers, got {type(keys).__name__}"
     )
@@ -192,13 +219,13 @@ def _names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
                 yield from _names(kind, f"{prefix}{name}.")
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    # "flush_second" is near "batching.flush_seconds": compare last parts too
-    by_tail = {item.rpartition(".")[2]: item for item in known}
-    near = difflib.get_close_matches(name, known, 1) or [
-        by_tail[tail] for tail in difflib.get_close_matches(name.rpartition(".")[2], list(by_tail), 1)
-    ]
-    return f"; did you mean `{near[0]}`?" if near else f"; there are {', '.join(f'`{item}`' for item in known)}"
+def _nearest(name: str, known: Iterable[str], separator: str = ".") -> str | None:
+    # "flush_seconds" means "batching.flush_seconds", whatever else looks like it: last parts count first
+    by_tail = {item.rpartition(separator)[2]: item for item in known}
+    tail = name.rpartition(separator)[2]
+    near = [by_tail[tail]] if tail in by_tail else difflib.get_close_matches(name, list(known), 1)
+    near = near or [by_tail[each] for each in difflib.get_close_matches(tail, list(by_tail), 1)]
+    return near[0] if near else None
 
 
 def _explain(error: ValidationError) -> str:
@@ -206,17 +233,51 @@ def _explain(error: ValidationError) -> str:
     for problem in error.errors(include_url=False):
         name = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            parts.append(f"there is no setting `{name}`{_nearest(name, list(_names(Settings)))}")
+            known = list(_names(Settings))
+            near = _nearest(name, known)
+            hint = f"did you mean `{near}`?" if near else f"there are {', '.join(f'`{item}`' for item in known)}"
+            parts.append(f"there is no setting `{name}`; {hint}")
         else:
-            shown = problem["input"]
-            parts.append(f"`{name}`: {problem['msg'][:1].lower()}{problem['msg'][1:]}, got {shown!r}")
+            shown = _shown(name, problem["input"])
+            parts.append(f"`{name}`: {problem['msg'][:1].lower()}{problem['msg'][1:]}, got {shown}")
     return "; ".join(parts)
 
 
+def _shown(name: str, value: object) -> str:
+    """Describe a wrong value without giving a secret away."""
+    if name in _SECRETIVE:
+        size = f" of {len(value)} characters" if isinstance(value, str) else ""
+        return f"{type(value).__name__}{size}"
+    return repr(value)
+
+
+def _variables() -> dict[str, str]:
+    """Return the settings by the environment variables that set them."""
+    return {"PRESORT_" + name.upper().replace(".", "__"): name for name in _names(Settings)}
+
+
 def _check_variables() -> None:
-    known = {"PRESORT_" + name.upper().replace(".", "__") for name in _names(Settings)} | _OTHER_VARIABLES
+    known = [*_variables(), *sorted(_OTHER_VARIABLES)]
     for variable in os.environ:
-        if variable.upper().startswith("PRESORT_") and variable.upper() not in known:
-            near = difflib.get_close_matches(variable.upper(), sorted(known), 1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
-            raise ConfigurationError(f"there is no setting for the environment variable `{variable}`{hint}")
+        upper = variable.upper()
+        if upper in known or not upper.startswith("PRESORT_") or upper.startswith(_OF_OUR_TESTS):
+            continue
+        tail = upper.removeprefix("PRESORT_")
+        near = next((item for item in known if item.endswith(f"__{tail}")), None) or _nearest(upper, known, "__")
+        hint = f"; did you mean `{near}`?" if near else ""
+        raise ConfigurationError(f"there is no setting for the environment variable `{variable}`{hint}")
+
+
+def _unreadable_variable() -> str:
+    """Say which variable of a whole section holds no JSON."""
+    for variable in os.environ:
+        name = _variables().get(variable.upper())
+        if name is not None and name in Settings.model_fields:
+            kind = Settings.model_fields[name].annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                try:
+                    json.loads(os.environ[variable])
+                except ValueError:
+                    example = f"{variable.upper()}__{next(iter(kind.model_fields)).upper()}"
+                    return f"`{variable}` is no JSON object; set its parts by themselves, such as `{example}`"
+    return "an environment variable of presort cannot be read"

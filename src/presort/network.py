@@ -1,12 +1,12 @@
 """What is read off a client's own HTTP objects: its library, its network settings, a copy of it.
 
-A connection pool belongs to the loop that made its connections, so the engine cannot send through a caller's. What
-it needs is a sibling: same proxy, certificates, HTTP versions, limits and local address, other connections. httpx
-and httpx2 keep these settings in private attributes only; they are read here and nowhere else, and
-`tests/contracts/test_seam.py` fails when they move.
+A connection pool belongs to the loop that made its connections, so the engine cannot send through a caller's.
+What it needs is a sibling: same proxy, certificates, HTTP versions, limits and local address, other
+connections. httpx and httpx2 keep these settings in private attributes only; they are read here and nowhere
+else, and `tests/contracts/test_seam.py` fails when they move.
 
-A transport of a class we do not know cannot be doubled; it is used itself: a synchronous one from a worker thread,
-an asynchronous one on the loop it belongs to.
+A transport of a class we do not know cannot be doubled; it is used itself: a synchronous one from a worker
+thread, an asynchronous one on the loop it belongs to.
 """
 
 from __future__ import annotations
@@ -45,19 +45,25 @@ def library(thing: object) -> ModuleType:
     raise TypeError(f"expected a client or transport of httpx or httpx2, got {type(thing).__name__}")
 
 
-# -- copies of clients -------------------------------------------------------------------------------------------
+# -- copies of clients -------------------------------------------------------------------------------------
+
+
+_originals: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""Clients that were copied, by id. Not a weak reference in each lease: the garbage collector clears those that are
+themselves in a cycle it collects, as a copy and an SDK's client are, although what they refer to lives on."""
 
 
 class Lease:
     """What a copied client holds of its original, whose connections it shares.
 
-    It keeps the original alive, since an SDK's default client closes its connections when it is collected. When the
-    copy is closed it lets go, and the connections are closed if nobody else has the original in use.
+    It keeps the original alive, since an SDK's default client closes its connections when it is collected.
+    When the copy is closed it lets go, and the connections are closed if nobody else has the original in use.
     """
 
     def __init__(self, original: Any, *, asynchronous: bool) -> None:
         self._original: Any | None = original
-        self._seen = weakref.ref(original)
+        self._name = id(original)
+        _originals[self._name] = original
         self._asynchronous = asynchronous
         self.opened = _is(original, "OPENED")
         """Whether the original's transports had been in use before it was copied."""
@@ -66,16 +72,16 @@ class Lease:
         """Release the original; return whether its connections are now the copy's to close."""
         original, self._original = self._original, None
         if original is not None and self._asynchronous and not original.is_closed:
-            # an SDK's asynchronous client that dies open closes its connections in a task of its own, later; one
-            # that says it is closed leaves them to us. Nobody else can look meanwhile: it belongs to this loop.
+            # an SDK's asynchronous client that dies open closes its connections in a task of its own, later;
+            # one that says it is closed leaves them to us. It belongs to this loop: nobody looks meanwhile.
             before, original._state = original._state, type(original._state).CLOSED  # noqa: SLF001
             del original
-            survivor = self._seen()
+            survivor = _originals.get(self._name)
             if survivor is not None:
                 survivor._state = before  # noqa: SLF001
         else:
             del original
-            survivor = self._seen()
+            survivor = _originals.get(self._name)
         return survivor is None or survivor.is_closed
 
 
@@ -102,7 +108,7 @@ def _is(client: Any, state: str) -> bool:
     return bool(client._state is getattr(type(client._state), state))  # noqa: SLF001
 
 
-# -- siblings of transports --------------------------------------------------------------------------------------
+# -- siblings of transports --------------------------------------------------------------------------------
 
 
 def sibling(
@@ -153,7 +159,7 @@ def _doubled(pool: Any) -> httpx2.AsyncBaseTransport:
         raise LookupError("a pool without certificates")
     if kind in _PROXY_POOLS:
         options["proxy"] = _proxy(pool)
-    elif pool._proxy is not None:  # noqa: SLF001
+    elif getattr(pool, "_proxy", None) is not None:
         raise LookupError("a proxy below the transport")
     else:
         for name in ("retries", "local_address", "uds"):
@@ -190,10 +196,11 @@ class _Borrowed(httpx2.AsyncBaseTransport):
         self._synchronous = loop is None and hasattr(inner, "handle_request")
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        sent = [pair for pair in request.headers.raw if pair[0].lower() != b"transfer-encoding"]
         theirs = self._lib.Request(
             request.method,
             str(request.url),
-            headers=[(name, value) for name, value in request.headers.raw if name.lower() != b"transfer-encoding"],
+            headers=sent,
             content=await request.aread(),
             extensions=request.extensions,
         )
@@ -206,7 +213,7 @@ class _Borrowed(httpx2.AsyncBaseTransport):
             raise _translated(error) from error
         headers, stream = response.headers.raw, response.stream
         if response.is_stream_consumed:
-            headers = [(name, value) for name, value in headers if name.lower() not in _NOT_OF_READ_CONTENT]
+            headers = [pair for pair in headers if pair[0].lower() not in _NOT_OF_READ_CONTENT]
             stream = self._lib.ByteStream(response.content)
         bridge = _Bridge(self, stream, synchronous=self._synchronous)
         return httpx2.Response(response.status_code, headers=headers, stream=bridge)
@@ -229,7 +236,7 @@ class _Borrowed(httpx2.AsyncBaseTransport):
             future.cancel()
             raise
         if future.cancelled():
-            raise httpx2.ReadError("the event loop that the client's own transport belongs to has ended meanwhile")
+            raise httpx2.ReadError("the event loop that the client's own transport belongs to ended meanwhile")
         return future.result()
 
 
@@ -270,7 +277,7 @@ async def _anext_of(chunks: AsyncIterator[bytes]) -> bytes | None:
 
 
 def _translated(error: Exception) -> httpx2.RequestError:
-    """Turn a transport's error into the one of the same name here; one of nobody's making may mean anything."""
+    """Turn a transport's error into the one of the same name here; any other may mean anything."""
     if isinstance(error, httpx2.RequestError):
         return error
     for cls in type(error).__mro__:

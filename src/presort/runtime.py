@@ -10,18 +10,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from presort.config import KeySource, Settings, load
+from presort.context import current_run
 from presort.engine import Engine
-from presort.errors import ConfigurationError
+from presort.errors import ClosedError, ConfigurationError
 from presort.store import Store, default_url
 from presort.store.base import JobView, QueueView
 
+_FORK_SECONDS = 5.0
+
 _lock = threading.RLock()
+_beginning = threading.Lock()
 _settings: Settings | None = None
 _engine: Engine | None = None
+_exiting = False
+_held = False
 
 
 def configure(*, keys: KeySource | Mapping[str, str] | None = None, **settings: Any) -> Settings:
     """Set the configuration of this process: arguments over `PRESORT_…` variables over the file.
+
+    While calls wait for their answers the store stays the same; everything else counts for what comes next, keys at
+    once.
 
     Args:
         keys: A function (provider, account) -> key, or a mapping from provider names to keys. Held in memory only.
@@ -34,13 +43,15 @@ def configure(*, keys: KeySource | Mapping[str, str] | None = None, **settings: 
     global _settings  # noqa: PLW0603 - process-wide on purpose: hosts build a new model object for each call
     new = load(keys, **settings)
     with _lock:
-        if _engine is not None:
-            if _engine.busy:
+        if _engine is not None and not _engine.busy:
+            close()
+        elif _engine is not None:
+            if store_url(new.store) != store_url(_engine.settings.store):
                 raise ConfigurationError(
                     f"work is running on the store `{_engine.store.location}`; call `presort.drain()` and "
-                    "`presort.close()` before `presort.configure(…)`"
+                    "`presort.close()` before `presort.configure(…)` with another one"
                 )
-            close()
+            _engine.reconfigure(new)
         _settings = new
     return new
 
@@ -60,13 +71,36 @@ def engine() -> Engine:
     Raises:
         StoreError: The store cannot be used.
         ConfigurationError: The configuration is wrong.
+        ClosedError: The interpreter is shutting down.
     """
     global _engine  # noqa: PLW0603
     with _lock:
-        if _engine is None:
+        if _exiting:
+            raise ClosedError("the interpreter is shutting down")
+        if _engine is None or _engine.closed:
             chosen = settings()
             _engine = Engine(chosen, Store.open(store_url(chosen.store)))
         return _engine
+
+
+def started() -> bool:
+    """Whether the engine runs, so that `engine` returns at once."""
+    return _engine is not None and not _engine.closed
+
+
+def begin() -> None:
+    """Start the engine in the background if it does not run; what goes wrong shows when it is needed."""
+    if started() or _exiting or not _beginning.acquire(blocking=False):
+        return
+
+    def start() -> None:
+        try:
+            with contextlib.suppress(Exception):
+                engine()
+        finally:
+            _beginning.release()
+
+    threading.Thread(target=start, name="presort-start", daemon=True).start()
 
 
 def store_url(store: str | None) -> str:
@@ -104,20 +138,36 @@ def jobs(*, all_jobs: bool = False) -> tuple[list[JobView], list[QueueView]]:
 def finish_run(name: str) -> None:
     """Finish a named run: its answers are deleted, and the same name starts anew next time."""
     engine().finish_run(name)
+    session = current_run()
+    if session is not None and session.name == name:
+        session.restart()
 
 
 def _at_exit() -> None:
-    global _engine  # noqa: PLW0603
+    global _engine, _exiting  # noqa: PLW0603
+    _exiting = True
     running, _engine = _engine, None
     if running is not None:
         # a thread that still waits ends as the interpreter does: without a word
         running.close(error=SystemExit)
 
 
-def _after_fork() -> None:
-    """In a child: the parent's threads, sockets and database connections are not ours."""
-    global _engine, _lock  # noqa: PLW0603
+def _before_fork() -> None:
+    """Wait until no other thread is just opening the store: a child must not inherit its connections."""
+    global _held  # noqa: PLW0603
+    _held = _lock.acquire(timeout=_FORK_SECONDS)
+
+
+def _after_fork_in_parent() -> None:
+    if _held:
+        _lock.release()
+
+
+def _after_fork_in_child() -> None:
+    """The parent's threads, sockets and database connections are not ours."""
+    global _beginning, _engine, _lock  # noqa: PLW0603
     _lock = threading.RLock()
+    _beginning = threading.Lock()
     _engine = None
 
 
@@ -133,4 +183,6 @@ def _register(hook: Callable[[], None]) -> None:
 
 _register(_at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+    )

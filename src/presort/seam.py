@@ -1,11 +1,12 @@
 """The seam: a transport around the one a client already has.
 
-The official client builds the payload and parses the answer; only the HTTP exchange between the two is ours. A
-request presort does not know passes through untouched, byte for byte. One it knows takes the standard route through
-the client's own transport, or the batch route through the engine, which answers with the JSON the batch returned.
+The official client builds the payload and parses the answer; only the HTTP exchange between the two is ours.
+A request presort does not know passes through untouched, byte for byte. One it knows takes the standard route
+through the client's own transport, or the batch route through the engine, which answers with the JSON that
+the batch returned.
 
-httpx and httpx2 have the same API and different classes, so the transports are made for either library. On the
-standard route nothing here awaits anything but the client's own transport: trio's users stay on trio.
+httpx and httpx2 have the same API and different classes, so the transports are made for either library. On
+the standard route nothing here awaits anything but the client's own transport: trio's users stay on trio.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import asyncio
 import concurrent.futures
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from presort import runtime
-from presort.context import current_run, wish_for
+from presort.context import Wish, current_run, wish_for
 from presort.engine import Link
 from presort.network import Lease, copied_client, library, sibling
 from presort.providers import recognise
@@ -29,6 +30,11 @@ from presort.providers.base import Call, Provider, one_line
 from presort.request import BatchKey, Outcome, Payload, Route, Usage
 from presort.routing import choose_route
 from presort.telemetry import fell_back, warn
+
+
+class _Done(Protocol):
+    def __call__(self, raw: bytes, *, whole: bool) -> None: ...
+
 
 _METER_LIMIT_BYTES = 32 * 1024 * 1024
 _LOOK_SECONDS = 0.5
@@ -38,9 +44,9 @@ def transport(inner: Any, *, owner: object | None = None) -> Any:
     """Wrap a transport or a client of httpx or httpx2, sync or async; the argument is left unchanged.
 
     Args:
-        inner: A transport: returns one around it. A client: returns a copy of it with everything the client has
-            (transport, mounts, hooks, limits, timeouts, authentication), its transport and mounts wrapped. The copy
-            shares the original's connections; closing either leaves the other usable.
+        inner: A transport: returns one around it. A client: returns a copy of it with everything it has
+            (transport, mounts, hooks, limits, timeouts, authentication), its transport and mounts wrapped.
+            The copy shares the original's connections; closing either leaves the other usable.
         owner: The wrapped object this transport serves, for routes that hold for that object only.
 
     Example:
@@ -108,7 +114,7 @@ class _Seam:
     def __init__(self, inner: Any, owner: object | None, lease: Lease | None = None) -> None:
         self._under = inner
         """What is opened and closed."""
-        self._inner = inner._inner if isinstance(inner, _Seam) else inner  # noqa: SLF001 - one of us is enough
+        self._inner: Any = inner._inner if isinstance(inner, _Seam) else inner  # noqa: SLF001 - one of us is enough
         """What sends."""
         self._owner = owner
         self._lease = lease
@@ -123,19 +129,22 @@ class _Seam:
         return self._lease is None or self._lease.let_go()
 
     # -- the batch route
+    def _wish(self) -> Wish | None:
+        """Return what was asked for if it is the batch route."""
+        wish = wish_for(self._owner)
+        return wish if wish is not None and wish.route is Route.BATCH else None
+
     def _parked(
-        self, known: _Known, loop: asyncio.AbstractEventLoop | None, *, here: bool = True
+        self, known: _Known, wish: Wish, loop: asyncio.AbstractEventLoop | None, *, here: bool = True
     ) -> concurrent.futures.Future[Outcome] | None:
-        """Hand a call to the engine if it takes the batch route; return the future, or `None` for the standard one.
+        """Hand a call to the engine; return the future, or `None` if it takes the standard route after all.
 
         Args:
             known: The call.
+            wish: What was asked for.
             loop: The caller's, if it is asynchronous.
             here: Whether the caller can wait for a future.
         """
-        wish = wish_for(self._owner)
-        if wish is None or wish.route is not Route.BATCH:
-            return None
         call = known.call
         settings = runtime.settings()
         batching = wish.batching or settings.batching
@@ -198,7 +207,7 @@ class _Seam:
             response.stream = stream(response.stream, partial(self._passed, known, response.headers.raw))
         return response
 
-    def _passed(self, known: _Known, headers: list[tuple[bytes, bytes]], raw: bytes, whole: bool) -> None:
+    def _passed(self, known: _Known, headers: list[tuple[bytes, bytes]], raw: bytes, *, whole: bool) -> None:
         """Book what a body says; of one cut short only a stream's meter knows whether it said enough."""
         content: bytes | None = None
         if whole or known.call.streaming:
@@ -237,7 +246,8 @@ def _book(known: _Known, usage: Usage | None) -> None:
 
 
 def _unmetered(known: _Known, error: Exception) -> None:
-    warn("meter", f"cannot read the usage of a {known.provider.title} answer: {type(error).__name__}: {error}")
+    title, kind = known.provider.title, type(error).__name__
+    warn("meter", f"cannot read the usage of a {title} answer: {kind}: {error}")
 
 
 def _wait(future: concurrent.futures.Future[Outcome]) -> Outcome:
@@ -260,7 +270,7 @@ def _classes(lib: ModuleType) -> tuple[type[Any], type[Any], type[Any]]:  # noqa
     """Make the transports for httpx or httpx2: sync, async, and both at once."""
 
     class Metered(lib.SyncByteStream):  # type: ignore[name-defined,misc]
-        def __init__(self, stream: Any, done: Callable[[bytes, bool], None]) -> None:
+        def __init__(self, stream: Any, done: _Done) -> None:
             self._stream, self._tap = stream, _Tap(done)
 
         def __iter__(self) -> Iterator[bytes]:
@@ -276,7 +286,7 @@ def _classes(lib: ModuleType) -> tuple[type[Any], type[Any], type[Any]]:  # noqa
                 self._tap.end(whole=False)
 
     class AsyncMetered(lib.AsyncByteStream):  # type: ignore[name-defined,misc]
-        def __init__(self, stream: Any, done: Callable[[bytes, bool], None]) -> None:
+        def __init__(self, stream: Any, done: _Done) -> None:
             self._stream, self._tap = stream, _Tap(done)
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -304,8 +314,10 @@ def _classes(lib: ModuleType) -> tuple[type[Any], type[Any], type[Any]]:  # noqa
             known = _read(request, lib)
             if known is None:
                 return self._inner.handle_request(request)
-            future = self._parked(known, None)
+            wish = self._wish()
+            future = None if wish is None else self._parked(known, wish, None)
             if future is None:
+                runtime.begin()
                 return self._metered(known, self._inner.handle_request(request), Metered)
             try:
                 outcome = _wait(future)
@@ -341,9 +353,13 @@ def _classes(lib: ModuleType) -> tuple[type[Any], type[Any], type[Any]]:  # noqa
             known = _read(request, lib)
             if known is None:
                 return await self._inner.handle_async_request(request)
-            loop = _running_loop()
-            future = self._parked(known, loop, here=loop is not None)
+            wish, loop, future = self._wish(), _running_loop(), None
+            if wish is not None:
+                if loop is not None and not runtime.started():
+                    await asyncio.to_thread(runtime.engine)
+                future = self._parked(known, wish, loop, here=loop is not None)
             if future is None:
+                runtime.begin()
                 return self._metered(known, await self._inner.handle_async_request(request), AsyncMetered)
             return self._answer(await asyncio.wrap_future(future))
 
@@ -376,8 +392,8 @@ def _classes(lib: ModuleType) -> tuple[type[Any], type[Any], type[Any]]:  # noqa
 class _Tap:
     """Keeps a copy of a body that passes by, and tells its end once."""
 
-    def __init__(self, done: Callable[[bytes, bool], None]) -> None:
-        self._done: Callable[[bytes, bool], None] | None = done
+    def __init__(self, done: _Done) -> None:
+        self._done: _Done | None = done
         self._chunks: list[bytes] = []
         self._size = 0
 
@@ -391,4 +407,4 @@ class _Tap:
         chunks, self._chunks = self._chunks, []
         if done is not None:
             fits = self._size <= _METER_LIMIT_BYTES
-            done(b"".join(chunks) if fits else b"", whole and fits)
+            done(b"".join(chunks) if fits else b"", whole=whole and fits)

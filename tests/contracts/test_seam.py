@@ -497,7 +497,7 @@ def then_hang_up(*parts: bytes) -> Iterator[bytes]:
 @pytest.mark.parametrize("raw", ANSWERS.values(), ids=ANSWERS)
 async def test_every_answer_passes_byte_for_byte(kind: Kind, raw: bytes, origin: Server):
     """Status, reason, headers, raw body, HTTP version and extensions are those of the client's own transport."""
-    origin.answers = lambda _: then_hang_up(raw)
+    origin.answers = lambda _: then_hang_up(raw) if b"Connection: close" in raw else raw
     bare = kind.client()
     wrapped = presort.transport(bare)
     seen = []
@@ -505,6 +505,7 @@ async def test_every_answer_passes_byte_for_byte(kind: Kind, raw: bytes, origin:
         for client in (bare, wrapped):
             request = client.build_request("POST", f"{origin.url}/v1/messages", json=CALL, headers=HEADERS)
             response = await settle(client.send(request, stream=True))
+            server = response.extensions["network_stream"].get_extra_info("server_addr")
             chunks = response.aiter_raw() if kind.asynchronous else response.iter_raw()
             body = b"".join([chunk async for chunk in each(chunks)])
             await kind.finish(response)
@@ -516,7 +517,7 @@ async def test_every_answer_passes_byte_for_byte(kind: Kind, raw: bytes, origin:
                     body,
                     response.http_version,
                     sorted(response.extensions),
-                    response.extensions["network_stream"].get_extra_info("server_addr"),
+                    server,
                     response.elapsed.total_seconds() < 5,
                 )
             )
@@ -1087,3 +1088,357 @@ async def test_a_failed_row_raises_the_sdks_own_exception_once(sdk: str, asynchr
         with presort.batch(), pytest.raises(module.InternalServerError, match="broke"):
             await settle(create(**CALL))
     assert len(engine.parked) == 1
+
+
+# -- siblings: how the engine sends ------------------------------------------------------------------------------
+
+
+async def through_sibling(inner: Any, url: str, loop: asyncio.AbstractEventLoop | None = None, **call: Any) -> Any:
+    """Send as the engine's side client does."""
+    async with httpx2.AsyncClient(transport=network.sibling(inner, loop=loop), timeout=5) as client:
+        return await client.request(**{"method": "POST", "url": f"{url}/v1/messages", "json": CALL, **call})
+
+
+@EVERY_KIND
+async def test_a_sibling_keeps_proxy_authority_and_client_certificate(
+    kind: Kind, secure: Server, proxy: Proxy, certificates: Certificates
+):
+    """The engine's own connections go through the client's proxy, with its password, and present its certificate."""
+    inner = kind.network(**proxy_settings(proxy, certificates, kind.lib))
+    async with closed_after(inner):
+        response = await through_sibling(inner, secure.url)
+    assert response.json()["content"][0]["text"] == TEXT
+    assert secure.heard[0].client_certificate == "the client"
+    assert proxy.asked == [("CONNECT", f"127.0.0.1:{secure.port}")]
+
+
+@EVERY_KIND
+async def test_a_sibling_sends_plain_http_through_the_proxy_too(kind: Kind, origin: Server, proxy: Proxy):
+    """Without TLS the proxy is asked in absolute form, with the same headers of its own."""
+    user, _, password = PROXY_USER.partition(":")
+    through = kind.lib.Proxy(proxy.url, auth=(user, password), headers={"x-proxy": "1"})
+    inner = kind.network(proxy=through)
+    async with closed_after(inner):
+        await through_sibling(inner, origin.url)
+    assert proxy.asked == [("POST", f"{origin.url}/v1/messages")]
+    assert proxy.heard[0].header("x-proxy") == "1"
+    assert origin.heard[0].header("proxy-authorization") is None
+
+
+@EVERY_KIND
+async def test_a_sibling_trusts_and_shows_no_more_than_its_client(
+    kind: Kind, secure: Server, certificates: Certificates
+):
+    """Where the client has no certificate to show, or does not trust the authority, its sibling fails as it does."""
+    for verify in (certificates.stranger, ssl.create_default_context()):
+        inner = kind.network(verify=verify)
+        async with closed_after(inner):
+            with pytest.raises(httpx2.TransportError):
+                await through_sibling(inner, secure.url)
+    assert secure.heard == []
+
+
+@EVERY_KIND
+async def test_a_sibling_has_every_setting_of_its_client(kind: Kind):
+    """Limits, retries, local address, socket options, HTTP versions: all are the client's, none is a default."""
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    limits = kind.lib.Limits(max_connections=7, max_keepalive_connections=3, keepalive_expiry=11)
+    inner = kind.network(limits=limits, retries=2, local_address="127.0.0.1", socket_options=options)
+    names = ("max_connections", "max_keepalive_connections", "keepalive_expiry", "retries", "local_address")
+    names = (*names, "uds", "http1", "http2", "socket_options", "ssl_context")
+    sibling = network.sibling(inner)
+    assert isinstance(sibling, httpx2.AsyncHTTPTransport)
+    assert sibling._pool is not inner._pool
+    for name in names:
+        assert getattr(sibling._pool, f"_{name}") == getattr(inner._pool, f"_{name}")
+
+
+@EVERY_KIND
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets")
+async def test_a_sibling_uses_the_clients_unix_socket(kind: Kind, tmp_path: Path):
+    """A client that speaks through a Unix socket has a sibling that does."""
+    inner = kind.network(uds=str(tmp_path / "nobody"))
+    async with closed_after(inner):
+        with pytest.raises(httpx2.ConnectError, match="No such file"):
+            await through_sibling(inner, "http://x.test")
+
+
+@EVERY_KIND
+async def test_a_sibling_doubles_the_transport_of_the_mount(
+    kind: Kind, origin: Server, proxy: Proxy, engine: FakeEngine
+):
+    """A parked call leaves a way to the transport that would have sent it: the mounted one, not the main one."""
+    dead = kind.custom(lambda _: pytest.fail("the main transport was used"))
+    user, _, password = PROXY_USER.partition(":")
+    mounted = kind.network(proxy=kind.lib.Proxy(proxy.url, auth=(user, password)))
+    client = presort.transport(kind.client(transport=dead, mounts={"all://127.0.0.1": mounted}))
+    engine.future.set_result(succeeded({}))
+    async with closed_after(client, mounted):
+        with presort.batch():
+            await post(client, origin.url)
+        transport = engine.parked[0][1]["link"].transport()
+        async with httpx2.AsyncClient(transport=transport) as side:
+            await side.post(f"{origin.url}/v1/messages", json=CALL)
+    assert proxy.asked == [("POST", f"{origin.url}/v1/messages")]
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("read", [False, True], ids=["as-it-comes", "read-before"])
+async def test_a_transport_of_the_users_own_is_used_itself(kind: Kind, read: bool, origin: Server):
+    """A transport that cannot be doubled carries the engine's requests, whole bodies both ways, and is left open."""
+    inner = kind.network()
+    closed: list[bool] = []
+
+    async def handle(request: Any) -> Any:
+        request.headers["x-signed"] = str(len(request.content))
+        response = await settle(
+            inner.handle_async_request(request) if kind.asynchronous else inner.handle_request(request)
+        )
+        if read:
+            await settle(response.aread() if kind.asynchronous else response.read())
+        return response
+
+    def handle_sync(request: Any) -> Any:
+        request.headers["x-signed"] = str(len(request.content))
+        response = inner.handle_request(request)
+        if read:
+            response.read()
+        return response
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b'{"a": '
+        yield b"1}"
+
+    own = kind.custom(handle if kind.asynchronous else handle_sync, close=lambda _: closed.append(True))
+    origin.answers = lambda _: ANSWERS["gzip"]
+    async with closed_after(inner):
+        response = await through_sibling(own, origin.url, json=None, content=parts())
+    assert response.json()["content"][0]["text"] == TEXT
+    assert (origin.heard[0].json, origin.heard[0].header("x-signed"), closed) == ({"a": 1}, "8", [])
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", ["ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "ProxyError"])
+async def test_errors_of_a_users_own_transport_keep_their_meaning(kind: Kind, name: str):
+    """Whether a request may have been sent is told by the kind of error, so it survives the change of library."""
+
+    def fail(_: Any) -> Any:
+        raise getattr(kind.lib, name)("why")
+
+    with pytest.raises(getattr(httpx2, name), match="why"):
+        await through_sibling(kind.custom(fail), "http://x.test")
+
+
+@EVERY_KIND
+async def test_an_unknown_error_of_a_users_own_transport_leaves_all_open(kind: Kind):
+    """An exception that is not the library's says nothing of what was sent: `TransportError`."""
+
+    def fail(_: Any) -> Any:
+        raise KeyError("x")
+
+    with pytest.raises(httpx2.TransportError, match="KeyError") as caught:
+        await through_sibling(kind.custom(fail), "http://x.test")
+    assert type(caught.value) is httpx2.TransportError
+
+
+@dataclass
+class OtherLoop:
+    """An event loop that runs in a thread, as the caller's does beside the engine's."""
+
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
+
+    def __enter__(self) -> asyncio.AbstractEventLoop:
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        return self.loop
+
+    def __exit__(self, *_: object) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join()
+            self.loop.close()
+
+
+@ASYNC_KINDS
+async def test_an_asynchronous_transport_of_the_users_own_stays_on_its_loop(kind: Kind, origin: Server):
+    """Its requests are sent and its answers read on the loop that its connections belong to."""
+    inner = kind.network()
+    seen: list[asyncio.AbstractEventLoop] = []
+
+    async def handle(request: Any) -> Any:
+        seen.append(asyncio.get_running_loop())
+        return await inner.handle_async_request(request)
+
+    with OtherLoop() as loop:
+        for _ in range(2):
+            response = await through_sibling(kind.custom(handle), origin.url, loop)
+            assert response.json()["content"][0]["text"] == TEXT
+        asyncio.run_coroutine_threadsafe(inner.aclose(), loop).result()
+    assert seen == [loop, loop]
+    assert origin.heard[0].connection == origin.heard[1].connection
+
+
+@ASYNC_KINDS
+async def test_nothing_is_sent_once_the_loop_of_a_users_transport_has_ended(kind: Kind):
+    """A transport whose loop has stopped is not used: `ConnectError`, which says that nothing was sent."""
+    own = kind.custom(lambda _: pytest.fail("it was used"))
+    with OtherLoop() as loop:
+        pass
+    with pytest.raises(httpx2.ConnectError, match="event loop"):
+        await through_sibling(own, "http://x.test", loop)
+
+
+@ASYNC_KINDS
+async def test_a_loop_that_ends_in_between_leaves_all_open(kind: Kind, monkeypatch: pytest.MonkeyPatch):
+    """If the caller's loop ends while its transport is sending, the answer is lost, and nobody waits for ever."""
+    monkeypatch.setattr(network, "_LOOK_SECONDS", 0.02)
+    began = threading.Event()
+
+    async def handle(_: Any) -> Any:
+        began.set()
+        await asyncio.sleep(60)
+
+    other = OtherLoop()
+    with other as loop:
+        call = asyncio.create_task(through_sibling(kind.custom(handle), "http://x.test", loop))
+        await asyncio.to_thread(began.wait, 5)
+        stopping = asyncio.to_thread(other.__exit__)
+        await stopping
+        with pytest.raises(httpx2.ReadError, match="event loop"):
+            await call
+
+
+# -- private attributes we live by -------------------------------------------------------------------------------
+
+POOL_FIELDS = (
+    "ssl_context max_connections max_keepalive_connections keepalive_expiry http1 http2 socket_options retries "
+    "local_address uds network_backend"
+).split()
+PROXY_FIELDS = {"http://p:1": ("proxy_url", "proxy_headers", "proxy_ssl_context"), "socks5://p:1": ("proxy_url", "proxy_auth")}
+
+
+@EVERY_KIND
+def test_a_client_keeps_its_transports_where_we_look(kind: Kind):
+    """httpx and httpx2 keep `_transport`, `_mounts` and `_state` in a client: `network.copied_client` lives by them."""
+    client = kind.client(mounts={"all://x.test": None})
+    missing = {"_transport", "_mounts", "_state"} - vars(client).keys()
+    assert missing == set(), f"{kind.lib.__name__} {kind.lib.__version__} has moved {missing}"
+    assert {state.name for state in type(client._state)} == {"UNOPENED", "OPENED", "CLOSED"}
+    assert list(client._mounts.values()) == [None]
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("proxy_url", [None, "http://p:1", "socks5://p:1"])
+def test_a_pool_keeps_its_settings_where_we_look(kind: Kind, proxy_url: str | None):
+    """httpcore keeps every setting of a pool in the attributes that `network.sibling` reads."""
+    if proxy_url and proxy_url.startswith("socks"):
+        pytest.importorskip("socksio")
+    pool = kind.network(proxy=proxy_url)._pool
+    wanted = {f"_{name}" for name in (*POOL_FIELDS, *PROXY_FIELDS.get(proxy_url or "", ()))}
+    missing = wanted - vars(pool).keys()
+    assert missing == set(), f"{kind.lib.__name__} {kind.lib.__version__} has moved {missing}"
+    assert type(pool).__name__ in network._POOLS | network._PROXY_POOLS
+    assert type(pool._network_backend).__module__.startswith("httpcore")
+
+
+@pytest.mark.parametrize("sdk", ["anthropic", "openai", "ollama"])
+@BOTH_WAYS
+async def test_an_sdk_keeps_its_http_client_where_we_look(sdk: str, asynchronous: bool):
+    """The SDKs keep an httpx or httpx2 client in `_client`: `presort.wrap` lives by it."""
+    module = pytest.importorskip(sdk)
+    if sdk == "ollama":
+        client = (module.AsyncClient if asynchronous else module.Client)()
+    else:
+        client = getattr(seam_doors, f"{sdk}_client")("http://x.test", None, asynchronous)
+    assert hasattr(client, "_client"), f"{sdk} {module.__version__} has moved `_client`"
+    async with closed_after(client._client):
+        lib = network.library(client._client)
+        assert isinstance(client._client, lib.AsyncClient if asynchronous else lib.Client)
+
+
+@EVERY_KIND
+async def test_a_transport_that_has_changed_inside_is_used_itself(
+    kind: Kind, origin: Server, caplog: pytest.LogCaptureFixture
+):
+    """Where a setting cannot be read, the proxy's say, the client's own transport is used and a warning says so."""
+    inner = kind.network()
+    sending = inner._pool
+    del sending._http2
+    async with closed_after(inner):
+        sibling = network.sibling(inner)
+        sending._http2 = False
+        async with httpx2.AsyncClient(transport=sibling) as client:
+            assert (await client.post(f"{origin.url}/v1/messages", json=CALL)).status_code == 200
+    assert "cannot double a transport" in caplog.text
+
+
+# -- presort.wrap ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sdk", ["anthropic", "openai"])
+@BOTH_WAYS
+async def test_wrapping_an_sdk_client_copies_it(sdk: str, asynchronous: bool, origin: Server, engine: FakeEngine):
+    """`presort.wrap` gives a client of the same class and settings, and leaves the one it was given alone."""
+    pytest.importorskip(sdk)
+    original = getattr(seam_doors, f"{sdk}_client")(origin.url, None, asynchronous, timeout=7, max_retries=1)
+    client = presort.wrap(original)
+    assert type(client) is type(original)
+    assert (client.timeout, client.max_retries, client.api_key) == (7, 1, KEYS[sdk])
+    assert client.base_url == original.base_url
+    for each_client in (original, client):
+        create = each_client.messages if sdk == "anthropic" else each_client.chat.completions
+        await settle(create.create(**CALL))
+    assert origin.heard[0].raw == origin.heard[1].raw
+    assert engine.usages == [USAGE]
+    async with closed_after(client._client, original._client):
+        pass
+
+
+@BOTH_WAYS
+async def test_wrapping_an_azure_client_passes_its_calls(asynchronous: bool, origin: Server, engine: FakeEngine):
+    """An Azure client is copied as one, and its calls, whose batches are other ones, pass as they are."""
+    openai = pytest.importorskip("openai")
+    make = openai.AsyncAzureOpenAI if asynchronous else openai.AzureOpenAI
+    original = make(azure_endpoint=origin.url, api_key="a", api_version="2024-10-21", azure_deployment="d")
+    client = presort.wrap(original)
+    async with closed_after(client._client, original._client):
+        with presort.batch():
+            await settle(client.chat.completions.create(model="d", messages=QUESTION))
+    assert type(client) is make
+    assert origin.heard[0].target == "/openai/deployments/d/chat/completions?api-version=2024-10-21"
+    assert (engine.parked, engine.booked) == ([], [])
+
+
+def test_wrapping_a_google_client_says_how_to(engine: FakeEngine):
+    """`presort.wrap` of a google-genai client names the option that takes wrapped HTTP clients."""
+    genai = pytest.importorskip("google.genai")
+    client = genai.Client(api_key="x", vertexai=False)
+    with pytest.raises(TypeError, match="httpx_client=presort.transport"):
+        presort.wrap(client)
+    client.close()
+
+
+@EVERY_KIND
+async def test_wrapping_an_http_client_is_the_transports_work(kind: Kind, engine: FakeEngine):
+    """`presort.wrap` of an HTTP client is `presort.transport` of it."""
+    client = kind.client()
+    wrapped = presort.wrap(client)
+    async with closed_after(wrapped, client):
+        assert type(wrapped._transport) is type(presort.transport(kind.network()))
+
+
+def test_what_cannot_be_wrapped_is_refused():
+    """`presort.wrap` names the class that it does not know."""
+    with pytest.raises(TypeError, match=r"got pathlib\.PosixPath|got pathlib\.WindowsPath|got pathlib\._local"):
+        presort.wrap(Path())
+
+
+def test_wrapping_imports_no_sdk():
+    """Wrapping an HTTP client loads neither an SDK nor LangChain nor the other HTTP library."""
+    code = (
+        "import sys, httpx2, presort; presort.wrap(httpx2.Client()); "
+        "print([n for n in ('anthropic', 'openai', 'google.genai', 'ollama', 'langchain_core', 'httpx') if n in sys.modules])"
+    )
+    source = str(Path(presort.__file__).parent.parent)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": source})
+    assert (found.stdout.strip(), found.stderr) == ("[]", "")

@@ -16,6 +16,8 @@ import pytest
 from emulator_server import EmulatorServer
 
 import presort
+from presort.store import Store
+from presort.store.base import Spend
 
 PROGRAM = Path(__file__).with_name("worker_program.py")
 COUNT = 25
@@ -182,3 +184,52 @@ def test_two_live_processes(emulator, tmp_path):
     assert 2 * COUNT == len(emulator.asked())
     assert COUNT == len((tmp_path / "first").read_text().splitlines())
     assert COUNT == len((tmp_path / "second").read_text().splitlines())
+
+
+TROUBLE = {
+    "settler.regrouped": {"kind": "row_missing", "index": [1]},
+    "settler.rerouted": {"kind": "status", "on": "create_batch", "status": 404, "times": -1},
+    "standard.sending": {"kind": "status", "on": "create_batch", "status": 404, "times": -1},
+    "standard.sent": {"kind": "status", "on": "create_batch", "status": 404, "times": -1},
+    "standard.settled": {"kind": "status", "on": "create_batch", "status": 404, "times": -1},
+    "submitter.absent": {"kind": "drop_before", "on": "create_batch"},
+    "settler.halved": {"kind": "status", "on": "create_batch", "status": 413},
+    "poller.cancelled": {"kind": "never_ends", "fraction": 0.5},
+}
+"""Points that only trouble leads to, and the trouble."""
+
+
+@pytest.mark.parametrize("point", sorted(TROUBLE))
+def test_kill_in_trouble(tmp_path, point):
+    """Killed on the way out of trouble, the same program again gives every answer; only a standard call may go twice."""
+    with EmulatorServer(batch_seconds=0.2) as emulator:
+        fault = TROUBLE[point]
+        emulator.fault(**fault)
+        options = options_for(emulator, tmp_path, "anthropic", deadline=8 if point == "poller.cancelled" else 3600)
+        first = start({**options, "kill_at": point}, tmp_path)
+        first.communicate(timeout=60)
+        assert -signal.SIGKILL == first.returncode, f"{point} was not reached"
+
+        finish(start(options, tmp_path))
+
+        assert set(range(COUNT)) == {row[0] for row in answers(tmp_path)}
+        assert {"succeeded"} == {row[2] for row in answers(tmp_path)}
+        billed_rows = emulator.asked()
+        extra = len(billed_rows) - COUNT
+        doubt = doubtful(tmp_path)
+        if point == "settler.regrouped":
+            assert 1 == extra  # the row the first batch lost was billed, and asked again
+        elif point == "poller.cancelled":
+            assert extra >= 0  # what the cancelled batches did not finish is asked again, by the standard route
+            assert len(billed_rows) - len(set(billed_rows)) <= COUNT
+        else:
+            assert extra <= doubt  # every call too many was on the books as in doubt
+
+
+def doubtful(tmp_path: Path) -> int:
+    """Count the calls the ledger holds as in doubt."""
+    store = Store.open(f"sqlite:///{tmp_path / 'presort.db'}")
+    try:
+        return sum(total.rows for total in store.totals() if total.spend is Spend.IN_DOUBT)
+    finally:
+        store.close()

@@ -29,12 +29,14 @@ from presort.emulator.lifecycle import WINDOW_SECONDS, Window
 from presort.emulator.models import ANTHROPIC
 from presort.emulator.state import Batch, Entry, NewEntry, Tenant
 from presort.emulator.wire import (
+    MALFORMED,
     Call,
     VendorError,
     batch_faults,
     canonical_sha256,
     json_response,
     listed,
+    malformed,
     new_id,
     route,
     visible,
@@ -164,7 +166,7 @@ async def create_message(call: Call) -> Response:
     plan = messages.plan(params, emulator.cache, reader, emulator.settings)
     if emulator.settings.answer_seconds:
         await asyncio.sleep(emulator.settings.answer_seconds)
-    answer = messages.answer(params)
+    answer = messages.answer(params, eager_tools=emulator.settings.eager_tools)
     usage = replace(plan.usage, output=answer.output_tokens)
     with emulator.state.transaction():
         emulator.cache.commit(plan, reader)
@@ -449,11 +451,11 @@ class AnthropicWorker:
             messages.validate(params, rules)
         except VendorError as error:
             return _errored(entry, error)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            return _errored(entry, invalid(f"EMULATED: the request is malformed: {error!r}"))
+        except MALFORMED as error:
+            return _errored(entry, malformed(error))
         reader = replace(reader, scope=reader.scope + messages.scope(batch.tenant, params["model"]))
         plan = messages.plan(params, emulator.cache, reader, emulator.settings)
-        answer = messages.answer(params)
+        answer = messages.answer(params, eager_tools=emulator.settings.eager_tools)
         usage = replace(plan.usage, output=answer.output_tokens)
         emulator.cache.commit(plan, reader)
         message = messages.message(params, answer, usage, new_id("msg_"), "batch")

@@ -297,11 +297,11 @@ def _texts(blocks: list[dict[str, Any]]) -> Iterator[str]:
                 yield from _texts(_content(block.get("content") or []))
 
 
-def answer(params: dict[str, Any]) -> Answer:
+def answer(params: dict[str, Any], *, eager_tools: bool = False) -> Answer:
     """Answer a valid request."""
     document = answers.Document(prompt_text(params))
     limit = params["max_tokens"]
-    if (tool := _forced_tool(params)) is not None:
+    if (tool := _chosen_tool(params, eager=eager_tools)) is not None:
         value = instance(tool.get("input_schema") or {"type": "object"}, document)
         tokens = count(json.dumps(value, ensure_ascii=False))
         complete = tokens <= limit
@@ -320,12 +320,16 @@ def answer(params: dict[str, Any]) -> Answer:
     return Answer(content, reason, None if was_cut else sequence, count(text))
 
 
-def _forced_tool(params: dict[str, Any]) -> dict[str, Any] | None:
-    choice = params.get("tool_choice") or {}
+def _chosen_tool(params: dict[str, Any], *, eager: bool) -> dict[str, Any] | None:
+    """The tool that must be called, or that an eager model calls once."""
+    choice = (params.get("tool_choice") or {"type": "auto"})["type"]
     tools: list[dict[str, Any]] = params.get("tools") or []
-    if choice.get("type") == "tool":
-        return next(tool for tool in tools if tool.get("name") == choice["name"])
-    return next((tool for tool in tools if "input_schema" in tool), None) if choice.get("type") == "any" else None
+    if choice == "tool":
+        return next(tool for tool in tools if tool.get("name") == params["tool_choice"]["name"])
+    called = any(block.get("type") == "tool_result" for block in _content(params["messages"][-1]["content"]))
+    if choice == "any" or (choice == "auto" and eager and not called):
+        return next((tool for tool in tools if "input_schema" in tool), None)
+    return None
 
 
 def _schema_text(params: dict[str, Any], document: answers.Document) -> str | None:

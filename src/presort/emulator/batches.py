@@ -9,8 +9,7 @@ together, so a killed emulator neither forgets a bill nor bills twice.
 from __future__ import annotations
 
 import asyncio
-import math
-import time
+import logging
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +20,8 @@ from presort.emulator.faults import Fault, strikes_row
 from presort.emulator.lifecycle import Ending, Result, Window, finish_time, progress
 from presort.emulator.settings import Settings
 from presort.emulator.state import Batch, Entry, State, Tenant
+
+logger = logging.getLogger(__name__)
 
 SLICE = 100
 REPLACING = {"row_error", "row_expired", "row_null_response"}
@@ -105,7 +106,7 @@ class Batches:
         self._settings = settings
         self._meter = meter
         self._workers: dict[str, Worker] = {}
-        self._lock = asyncio.Lock()
+        self._pass: asyncio.Task[None] | None = None
         self.carried_out = 0
         """Requests answered since the start."""
 
@@ -113,24 +114,32 @@ class Batches:
         """Take on a vendor."""
         self._workers[worker.vendor] = worker
 
-    async def settle(self, budget_seconds: float = math.inf) -> None:
-        """Do what should have happened by now, or as much of it as the budget allows."""
-        deadline = time.monotonic() + budget_seconds
-        live = self._state.live_batches()
-        if not live:
-            return
-        try:
-            async with asyncio.timeout(None if math.isinf(budget_seconds) else budget_seconds):
-                await self._lock.acquire()
-        except TimeoutError:
-            return
-        try:
-            for batch_id in live:
-                await self._advance(batch_id, deadline)
-        finally:
-            self._lock.release()
+    async def settle(self, patience_seconds: float | None = None) -> None:
+        """Do what should have happened by now.
 
-    async def _advance(self, batch_id: str, deadline: float) -> None:
+        All callers share one pass over the batches. Whoever runs out of patience
+        leaves it to itself, and sees batches that are still at work.
+        """
+        if not self._state.live_batches():
+            return
+        try:
+            async with asyncio.timeout(patience_seconds):
+                if self._pass is not None and not self._pass.done():
+                    await asyncio.shield(self._pass)  # it may have begun before the clock was moved
+                if self._pass is None or self._pass.done():
+                    self._pass = asyncio.create_task(self._advance_all())
+                await asyncio.shield(self._pass)
+        except TimeoutError:
+            pass
+
+    async def _advance_all(self) -> None:
+        for batch_id in self._state.live_batches():
+            try:
+                await self._advance(batch_id)
+            except Exception:
+                logger.exception("batch %s is stuck", batch_id)
+
+    async def _advance(self, batch_id: str) -> None:
         batch = self._state.batch(batch_id)
         if batch is None or batch.ended_at is not None or self._clock.now() < batch.created_at:
             return
@@ -141,13 +150,11 @@ class Batches:
             where = progress(batch, worker.window, self._settings.cancel_seconds, self._clock.now())
             if batch.done < where.due:
                 self._carry_out_slice(batch, worker, min(where.due, batch.done + SLICE))
+                await asyncio.sleep(0)
             elif where.end is not None:
                 await self._end(batch, worker, *where.end)
                 return
             else:
-                return
-            await asyncio.sleep(0)
-            if time.monotonic() > deadline:
                 return
 
     def _carry_out_slice(self, batch: Batch, worker: Worker, stop: int) -> None:

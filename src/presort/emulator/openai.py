@@ -149,7 +149,7 @@ async def create_completion(call: Call) -> Response:
         raise
     if emulator.settings.answer_seconds:
         await asyncio.sleep(emulator.settings.answer_seconds)
-    answer = chat.answer(body)
+    answer = chat.answer(body, eager_tools=emulator.settings.eager_tools)
     usage = replace(plan.usage, output=answer.output_tokens)
     with emulator.state.transaction():
         emulator.cache.commit(plan, reader)

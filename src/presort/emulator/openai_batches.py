@@ -7,6 +7,7 @@ Azure's documentation of the same API.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import zlib
 from collections.abc import AsyncIterator
@@ -19,14 +20,13 @@ from presort.emulator.cache import Reader
 from presort.emulator.core import Emulator
 from presort.emulator.faults import Fault, deface
 from presort.emulator.lifecycle import Ending, Result, Window
-from presort.emulator.openai_chat import invalid
 from presort.emulator.state import Batch, Entry, NewEntry, StoredFile
-from presort.emulator.wire import VendorError, canonical_sha256, new_id
+from presort.emulator.wire import MALFORMED, VendorError, canonical_sha256, malformed, new_id
 
 WINDOW: Final = Window(0.1, 0.9)
 """A tenth of a batch's duration is spent on validating, a tenth on finalizing; invented."""
 
-LOAD_SLICE: Final = 500
+SLICE: Final = 500
 
 FAILURES: Final = {
     "invalid_json_line": "This line is not parseable as valid JSON.",
@@ -78,7 +78,7 @@ class OpenAIWorker:
         try:
             async for number, line in _numbered_lines(self._emulator, batch.details["input_file_id"]):
                 rows.append(judge.judge(number, line))
-                if len(rows) >= LOAD_SLICE:
+                if len(rows) >= SLICE:
                     state.add_entries(rows)
                     rows.clear()
                     await asyncio.sleep(0)
@@ -104,11 +104,11 @@ class OpenAIWorker:
             chat.validate(body, emulator.settings)
             reader = replace(reader, scope=reader.scope + chat.scope(batch.tenant, body))
             plan = chat.plan(body, emulator.cache, reader)
-            answer = chat.answer(body)
+            answer = chat.answer(body, eager_tools=emulator.settings.eager_tools)
         except VendorError as error:
             return _errored(entry, error)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            return _errored(entry, invalid(f"EMULATED: the request is malformed: {error!r}"))
+        except MALFORMED as error:
+            return _errored(entry, malformed(error))
         usage = replace(plan.usage, output=answer.output_tokens)
         emulator.cache.commit(plan, reader)
         completion = chat.completion(body, answer, usage, new_id("chatcmpl-"), reader.now)
@@ -142,17 +142,16 @@ class OpenAIWorker:
 
     async def _publish(self, batch: Batch, name: str, outcomes: tuple[str, ...]) -> str | None:
         state, file_id, size = self._emulator.state, new_id("file-"), 0
-        part: list[str] = []
-        rows = list(state.results(batch.id, outcomes))
-        for n, (_, defect, line) in enumerate(rows):
-            part += deface(line, defect)
-            if (n + 1) % 500 == 0 or n == len(rows) - 1:
-                data = "".join(f"{each}\n" for each in part).encode()
-                size += len(data)
-                state.append_chunk(file_id, data)
-                part.clear()
-                await asyncio.sleep(0)
-        if not rows:
+        rows = state.results(batch.id, outcomes)
+        empty = True
+        while part := list(itertools.islice(rows, SLICE)):
+            empty = False
+            lines = [each for _, defect, line in part for each in deface(line, defect)]
+            data = "".join(f"{line}\n" for line in lines).encode()
+            size += len(data)
+            state.append_chunk(file_id, data)
+            await asyncio.sleep(0)
+        if empty:
             return None
         created_at = batch.ended_at or batch.created_at
         expires_at = created_at + batch.details["output_seconds"]

@@ -132,7 +132,7 @@ def _validate_tools(body: dict[str, Any]) -> None:
         return
     if not body.get("tools"):
         raise invalid("'tool_choice' is only allowed when 'tools' are specified.", "tool_choice")
-    if isinstance(choice, dict) and _forced_tool(body) is None:
+    if isinstance(choice, dict) and _chosen_tool(body, eager=False) is None:
         raise invalid("Invalid value for 'tool_choice': no such tool in 'tools'.", "tool_choice")
 
 
@@ -238,13 +238,13 @@ class Answer:
     reasoning_tokens: int
 
 
-def answer(body: dict[str, Any]) -> Answer:
+def answer(body: dict[str, Any], *, eager_tools: bool = False) -> Answer:
     """Answer a valid request."""
     document = answers.Document(prompt_text(body))
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or 1_000_000
     reasoning = min(limit, REASONING_TOKENS.get(body.get("reasoning_effort") or "", 0))
     room = limit - reasoning
-    if (tool := _forced_tool(body)) is not None:
+    if (tool := _chosen_tool(body, eager=eager_tools)) is not None:
         function = tool["function"]
         text = json.dumps(instance(function.get("parameters") or {"type": "object"}, document), ensure_ascii=False)
         text, was_cut = cut(text, room)
@@ -277,10 +277,12 @@ def prompt_text(body: dict[str, Any]) -> str:
     return "\n".join(str(part["text"]) for part in _parts(users[-1]) if part.get("type") == "text")
 
 
-def _forced_tool(body: dict[str, Any]) -> dict[str, Any] | None:
-    choice = body.get("tool_choice")
+def _chosen_tool(body: dict[str, Any], *, eager: bool) -> dict[str, Any] | None:
+    """The function that must be called, or that an eager model calls once."""
+    choice = body.get("tool_choice") or "auto"
     functions = [tool for tool in body.get("tools") or [] if tool.get("type") == "function"]
-    if choice == "required":
+    called = body["messages"][-1]["role"] == "tool"
+    if choice == "required" or (choice == "auto" and eager and not called):
         return functions[0] if functions else None
     if not isinstance(choice, dict):
         return None

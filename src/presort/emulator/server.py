@@ -28,7 +28,6 @@ from presort.emulator.openai_batches import OpenAIWorker
 from presort.emulator.wire import Call, VendorError, endpoint
 
 TICK_SECONDS = 0.1
-TICK_BUDGET_SECONDS = 0.05
 METHODS = ["GET", "POST", "DELETE", "PUT", "PATCH"]
 
 
@@ -94,7 +93,7 @@ async def _tick(emulator: Emulator) -> None:
     """Carry batches forward while nobody looks."""
     while True:
         await asyncio.sleep(TICK_SECONDS)
-        await emulator.batches.settle(TICK_BUDGET_SECONDS)
+        await emulator.batches.settle()
 
 
 class _Protocol(H11Protocol):

@@ -22,6 +22,8 @@ class Settings:
     """Share of a batch's requests that hit a prompt-cache entry which is there."""
     batch_own_hit_percent: int = 100
     """The same, for entries that the same batch wrote."""
+    eager_tools: bool = False
+    """Call the first tool where the choice is left to the model, unless it was called already."""
     minimum_cache_tokens: dict[str, int] = field(default_factory=dict)
     """Claude model → shortest cached prefix, where it differs from `models.py`."""
     models: list[str] = field(default_factory=list)

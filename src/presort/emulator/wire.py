@@ -28,8 +28,8 @@ from presort.emulator.state import Batch, Tenant
 logger = logging.getLogger(__name__)
 
 EMULATED_HEADER = ("x-emulated", "presort-emulator")
-LOOK_SECONDS = 0.25
-"""How long one request may spend on carrying batches forward before it answers."""
+PATIENCE_SECONDS = 0.25
+"""How long a request waits for batches to be carried forward before it answers."""
 
 
 @dataclass
@@ -48,6 +48,15 @@ class VendorError(Exception):
 
     def __str__(self) -> str:
         return f"{self.status} {self.message}"
+
+
+MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a request raises here whose JSON has a shape that nobody foresaw."""
+
+
+def malformed(error: Exception) -> VendorError:
+    """The 400 for such a request."""
+    return VendorError(400, f"EMULATED: the request is malformed: {error!r}", "invalid_request_error")
 
 
 @dataclass
@@ -108,13 +117,15 @@ def endpoint(emulator: Emulator, vendor: Vendor, operation: str, handler: Handle
             if "status" in faults:
                 raise vendor.fault_error(faults["status"])
             call = Call(emulator, request, vendor.authenticate(emulator, request))
-            await emulator.batches.settle(LOOK_SECONDS)
+            await emulator.batches.settle(PATIENCE_SECONDS)
             response = await handler(call)
         except VendorError as error:
             response = vendor.render_error(error)
             response.headers.update(error.headers)
         except ClientDisconnect:
             return Dropped()
+        except MALFORMED as error:
+            response = vendor.render_error(malformed(error))
         except Exception as error:
             logger.exception("%s.%s failed", vendor.name, operation)
             response = vendor.render_error(VendorError(500, f"EMULATED internal error: {error!r}"))

@@ -41,6 +41,11 @@ class Run:
         self._seen: dict[str, int] = defaultdict(int)
         self._lock = threading.Lock()
 
+    def restart(self) -> None:
+        """Count from 0 again: the run was finished, and starts anew."""
+        with self._lock:
+            self._seen.clear()
+
     def occurrence(self, payload_hash: str) -> int:
         """Return which of the equal payloads this is, from 0."""
         with self._lock:
@@ -62,6 +67,8 @@ class Group:
         self._changed: Callable[[], None] | None = None
         self.admitted = 0
         """Calls that have reached the store; engine's loop only."""
+        self.attached = 0
+        """Those of them that were there before."""
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Have a function called, from any thread, if the last call to wait for is counted out."""
@@ -100,7 +107,8 @@ class Parcel:
     payload_hash: str
     deadline: float
     batching: Batching
-    listener: Listener
+    listener: Listener | None
+    """`None` if nobody in this process waits for the outcome."""
     run: Run | None = None
     occurrence: int = 0
     group: Group | None = None
@@ -175,7 +183,9 @@ class Accumulator:
                         adopt_at = self._core.clock() + _ADOPT_EVERY_SECONDS
                     await self._flush_due()
                     await self.flush_handed_out()
+                self._core.trouble.pop("accumulator", None)
             except Exception as error:  # noqa: BLE001 - the loop must outlive a full disk
+                self._core.note_trouble("accumulator", error)
                 warn("accumulator", f"cannot write to the store, trying again: {error}")
                 await asyncio.sleep(1.0)
 
@@ -203,14 +213,27 @@ class Accumulator:
             ids, self._handed_out = self._handed_out, []
             await self._core.db(self._core.store.hand_out, ids)
 
+    async def last_things(self) -> None:
+        """Before the end: those that are leaving leave, and what was handed out or spent is noted."""
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+        await self.flush_handed_out()
+
+    def leave(self, parcel: Parcel) -> None:
+        """A caller has gone: see `withdraw`."""
+        task = self._loop.create_task(self.withdraw(parcel))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
     async def withdraw(self, parcel: Parcel) -> None:
         """A caller has gone: what was not submitted is taken back; the rest is collected for whoever asks again."""
         parcel.cancelled = True
         if parcel.request_id is None:
             return
-        if not self._core.waiters.discard(parcel.request_id, parcel.listener):
+        if parcel.listener is None or not self._core.waiters.discard(parcel.request_id, parcel.listener):
             return
         gone = await self._core.db(self._core.store.withdraw, [parcel.request_id])
+        for request_id in gone:
+            self._core.requested.pop(request_id, None)
         for bucket in self._buckets.values():
             for request_id in gone:
                 if request_id in bucket.ids:
@@ -263,13 +286,13 @@ class Accumulator:
         parcel.request_id = request.id
         if parcel.group is not None:
             parcel.group.admitted += 1
+            parcel.group.attached += admitted.attached
         if parcel.link is not None:
             self._core.keyring.remember(parcel.payload.key, parcel.link)
         if parcel.cancelled:
-            task = self._loop.create_task(self.withdraw(parcel))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
-        self._core.waiters.add(request.id, parcel.listener)
+            self.leave(parcel)
+        if parcel.listener is not None:
+            self._core.waiters.add(request.id, parcel.listener)
         if parcel.payload.headers or parcel.batching != self._core.settings.batching:
             self._core.requested[request.id] = Requested(parcel.batching, parcel.payload.headers)
         if request.outcome is not None:

@@ -57,11 +57,18 @@ class Core:
         """Base URLs that answered a first create or upload as if there were no such API."""
         self.requested: dict[str, Requested] = {}
         """What live callers asked for, by request id: nothing of it is stored."""
-        self._database = ThreadPoolExecutor(1, thread_name_prefix="presort-store")
+        self.trouble: dict[str, tuple[float, str]] = {}
+        """Since when, in Unix seconds, and why a loop cannot write to the store, by loop."""
+        self.database = ThreadPoolExecutor(1, thread_name_prefix="presort-store")
+        """The only thread on which the store is used."""
 
     async def db(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a store method on the store's thread, one at a time."""
-        return await asyncio.get_running_loop().run_in_executor(self._database, lambda: function(*args, **kwargs))
+        return await asyncio.get_running_loop().run_in_executor(self.database, lambda: function(*args, **kwargs))
+
+    def note_trouble(self, loop: str, error: Exception) -> None:
+        """Note that a loop cannot write to the store; the loop takes it back once it can."""
+        self.trouble.setdefault(loop, (self.clock(), str(error)))
 
     def batching_of(self, request_id: str) -> Batching:
         """Return the batching settings a request was handed in with; of one from before this process, the general ones."""
@@ -77,7 +84,7 @@ class Core:
 
     def close(self) -> None:
         """Let go of the store's thread; what it is doing is waited for."""
-        self._database.shutdown(wait=True)
+        self.database.shutdown(wait=True)
 
     def settlement(self, request_id: str, custom_id: str, key: BatchKey, outcome: Outcome, run: str | None) -> Settlement:
         """Pair an outcome with its ledger row. What a vendor refused, expired or cancelled is not billed."""

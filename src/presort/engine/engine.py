@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import os
 import threading
+import weakref
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -18,18 +21,20 @@ from presort.engine.settler import Settler
 from presort.engine.stream import Stream
 from presort.engine.submitter import Submitter
 from presort.engine.worker import Worker
-from presort.errors import ClosedError, DeadlockError
+from presort.errors import ClosedError, DeadlockError, EngineError
 from presort.pricing import cost
 from presort.providers import provider
 from presort.providers.base import Reply
 from presort.request import BatchKey, Outcome, Payload, Route, Usage, custom_id
 from presort.store import Store
 from presort.store.base import JobView, LedgerRow, LedgerTotal, QueueView, Spend
-from presort.telemetry import logger
+from presort.telemetry import logger, warn
 
 T = TypeVar("T")
 
 _CLOSE_SECONDS = 1.5
+_STILL_SECONDS = 5.0
+
 
 class Engine:
     """Takes payloads, gives outcomes. Thread-safe; none of its blocking methods may be called on its own thread.
@@ -46,11 +51,15 @@ class Engine:
         self._futures: set[Future[Outcome]] = set()
         self.streams: set[Stream] = set()
         self._lock = threading.Lock()
+        self._gone: Future[None] = Future()
+        """Fails once the engine is closed, with what its callers get."""
+        self._go_on: threading.Event | None = None
         self._thread = threading.Thread(target=self._main, name="presort-engine", daemon=True)
         self._thread.start()
         self._ready.wait()
         if self._failure is not None:
             raise self._failure
+        _living.add(self)
 
     # -- callers -------------------------------------------------------------------------------------------------
     def account(self, key: str) -> str:
@@ -78,7 +87,7 @@ class Engine:
         Raises:
             ClosedError: The engine was closed.
         """
-        future: Future[Outcome] = Future()
+        future: Future[Outcome] = _Parked(self)
 
         def settled(request_id: str, outcome: Outcome) -> None:
             with self._lock:
@@ -119,6 +128,11 @@ class Engine:
 
     def book_standard(self, key: BatchKey, usage: Usage | None, at: float) -> None:
         """Note, without waiting, what a call cost that a client sent by the standard route itself."""
+        if not self._closed:
+            # pricing loads a table when first used: not on the caller's loop
+            self._loop.call_soon_threadsafe(self._book_standard, key, usage, at)
+
+    def _book_standard(self, key: BatchKey, usage: Usage | None, at: float) -> None:
         price = cost(key.provider, key.base_url, key.model, usage, Route.STANDARD, at)
         row = LedgerRow(
             custom_id=custom_id(new_id(at), 0),
@@ -132,8 +146,7 @@ class Engine:
             baseline_usd=price.baseline_usd,
             actual_usd=price.actual_usd,
         )
-        if not self._closed:
-            self._loop.call_soon_threadsafe(self.accumulator.book, row)
+        self.accumulator.book(row)
 
     def flush(self) -> None:
         """Send what accumulates now, without waiting for more."""
@@ -147,18 +160,18 @@ class Engine:
     def drain(self, timeout_seconds: float | None = None) -> bool:
         """Flush, then wait until nobody in this process waits for an outcome; `False` if time ran out first."""
         self.flush()
-        idle = threading.Event()
 
-        async def watch() -> None:
-            while self.core.waiters:  # noqa: ASYNC110 - waiters come and go in many places; a poll is simplest
-                await asyncio.sleep(0.05)
+        async def watch() -> bool:
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    while self.core.waiters:  # noqa: ASYNC110 - waiters come and go in many places; a poll is simplest
+                        await asyncio.sleep(0.05)
+            except TimeoutError:
+                return False
             await self.accumulator.flush_handed_out()
-            idle.set()
+            return True
 
-        future = asyncio.run_coroutine_threadsafe(watch(), self._loop)
-        done = idle.wait(timeout_seconds)
-        future.cancel()
-        return done
+        return self.call(watch())
 
     def jobs(self, *, all_jobs: bool = False) -> tuple[list[JobView], list[QueueView]]:
         """Return the jobs in the store, and what is queued without one."""
@@ -198,6 +211,27 @@ class Engine:
         return self.call(ask())
 
     @property
+    def trouble(self) -> tuple[float, str] | None:
+        """Since when the store cannot be written, in Unix seconds, and why; `None` if it can."""
+        return min(list(self.core.trouble.values()), default=None)
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Take other settings of the same store, while work goes on; they count for what comes next."""
+
+        async def change() -> None:
+            self.settings = self.core.settings = settings
+            self.core.keyring.reconfigure(settings)
+            self.core.jobs_due.set()
+            self.core.standard_due.set()
+
+        self.call(change())
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more work: it was closed, or has failed."""
+        return self._closed
+
+    @property
     def busy(self) -> bool:
         """Whether anybody in this process waits for an outcome."""
         return not self._closed and (bool(self._futures) or bool(self.streams))
@@ -215,6 +249,7 @@ class Engine:
         for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error())
+        self._gone.set_exception(error())
         if threading.current_thread() is not self._thread and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(_CLOSE_SECONDS)
@@ -223,14 +258,17 @@ class Engine:
     def parcel(  # noqa: PLR0913 - all a caller can ask for
         self,
         payload: Payload,
-        listener: Callable[[str, Outcome], None],
+        listener: Callable[[str, Outcome], None] | None,
         deadline_seconds: float | None,
         batching: Batching | None,
         run: Run | None,
         group: Group | None,
         link: Link | None,
     ) -> Parcel:
-        """Wrap a payload up for the accumulator."""
+        """Wrap a payload up for the accumulator; without a link its own headers say the key."""
+        if link is None:
+            key = provider(payload.key.provider).read_key(payload.headers)
+            link = None if key is None else Link(key)
         chosen = batching or self.settings.batching
         seconds = chosen.deadline_seconds if deadline_seconds is None else deadline_seconds
         payload_hash = payload.hash
@@ -248,9 +286,9 @@ class Engine:
 
     def _withdraw(self, parcel: Parcel) -> None:
         with self._lock:
-            if self._closed:
-                return
-        asyncio.run_coroutine_threadsafe(self.accumulator.withdraw(parcel), self._loop)
+            if not self._closed:
+                with contextlib.suppress(RuntimeError):  # it has just failed
+                    self._loop.call_soon_threadsafe(self.accumulator.leave, parcel)
 
     async def _finish_run(self, run: str) -> None:
         await self.accumulator.flush_handed_out()
@@ -262,18 +300,75 @@ class Engine:
             raise ClosedError("presort was closed")
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the engine's loop and wait for it."""
+        """Run a coroutine on the engine's loop and wait for it.
+
+        Raises:
+            DeadlockError: This is the engine's own thread.
+            ClosedError: The engine was closed, before or meanwhile.
+        """
+        try:
+            self.check_may_block()
+            self.check_open()
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError as error:
+            work.close()
+            raise error if isinstance(error, EngineError) else ClosedError("presort was closed") from None
+        try:
+            either: tuple[Future[Any], ...] = (future, self._gone)
+            concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)
+        except BaseException:
+            future.cancel()
+            raise
+        if not future.done() or future.cancelled():
+            future.cancel()
+            self._gone.result(_CLOSE_SECONDS)
+        return future.result()
+
+    def check_may_block(self) -> None:
+        """Raise `DeadlockError` on the engine's own thread, which would wait for itself."""
         if threading.current_thread() is self._thread:
-            work.close()
             raise DeadlockError("a blocking call of presort on its own thread would wait for itself")
+
+    # -- forks ---------------------------------------------------------------------------------------------------
+    def hold_still(self) -> None:
+        """Before a fork: close the store's connections and open none until `go_on`.
+
+        A child must not inherit them: SQLite would believe that it holds the parent's locks, and two processes
+        would write at once.
+        """
         if self._closed:
-            work.close()
-            raise ClosedError("presort was closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+            return
+        still, go_on = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            try:
+                self.store._db._engine.dispose()  # noqa: SLF001 - the store has no public word for it yet
+            finally:
+                still.set()
+            go_on.wait()
+
+        with contextlib.suppress(RuntimeError):  # it is closing: there will be no connections
+            self.core.database.submit(hold)
+            self._go_on = go_on
+            if not still.wait(_STILL_SECONDS):
+                warn("fork", "a process was forked while the store was busy; the child should use another store")
+
+    def go_on(self) -> None:
+        """After a fork, in the parent."""
+        if self._go_on is not None:
+            self._go_on.set()
+            self._go_on = None
+
+    def stay_behind(self) -> None:
+        """After a fork, in the child: its threads are not here, and what they hold is the parent's."""
+        self._lock = threading.Lock()
+        self._closed = True
 
     def _main(self) -> None:
         try:
-            asyncio.run(self._live())
+            # not `asyncio.run`, which hosts replace so that loops can be nested
+            with asyncio.Runner() as runner:
+                runner.run(self._live())
         except BaseException as error:  # noqa: BLE001 - handed to whoever starts or uses the engine
             self._failure = error
             if self._ready.is_set():
@@ -302,10 +397,68 @@ class Engine:
             task.cancel()
         await asyncio.gather(*loops, return_exceptions=True)
         with contextlib.suppress(Exception):
-            await self.accumulator.flush_handed_out()
+            await self.accumulator.last_things()
+        with contextlib.suppress(Exception):
             await worker.stop()
         await core.keyring.close()
         core.close()
         self.store.close()
         for task in broken:
             task.result()
+
+
+class _Parked(Future[Outcome]):
+    """The future of a parked call; whoever could only wait for ever is told so instead."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self._engine = engine
+        self._pid = os.getpid()
+
+    def result(self, timeout: float | None = None) -> Outcome:
+        self._check()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._check()
+        return super().exception(timeout)
+
+    def _check(self) -> None:
+        if self._pid != os.getpid():
+            raise ClosedError("this call was made before the process was forked: its answer goes to the parent")
+        if not self.done():
+            self._engine.check_may_block()
+
+
+_living: weakref.WeakSet[Engine] = weakref.WeakSet()
+_forking = threading.Lock()
+"""Held by the thread that forks: a second one waits."""
+_left_behind: list[Engine] = []
+"""Engines of the parent. Kept, so that nothing of theirs is closed here that both processes share."""
+
+
+def _before_fork() -> None:
+    _forking.acquire()
+    for engine in list(_living):
+        engine.hold_still()
+
+
+def _after_fork_in_parent() -> None:
+    for engine in list(_living):
+        engine.go_on()
+    _forking.release()
+
+
+def _after_fork_in_child() -> None:
+    global _forking  # noqa: PLW0603
+    _forking = threading.Lock()
+    for engine in list(_living):
+        engine.stay_behind()
+        _left_behind.append(engine)
+    _living.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+    )

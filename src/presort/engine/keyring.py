@@ -21,16 +21,19 @@ from typing import TYPE_CHECKING
 import httpx2
 import platformdirs
 
-from presort.config import Settings
+from presort.config import KeysByProvider, Settings
 from presort.errors import ConfigurationError
 from presort.job import Job
 from presort.providers import provider
 from presort.providers.base import ChannelError, Provider, Refusal, RefusedError
 from presort.providers.channel import HttpChannel
 from presort.request import BatchKey
+from presort.telemetry import warn
 
 if TYPE_CHECKING:
     from presort.engine.core import Core
+
+_SALT_BYTES = 32
 
 TransportFactory = Callable[[], httpx2.AsyncBaseTransport]
 """Makes a transport for the engine's loop with the network settings of the client that a call came from."""
@@ -90,6 +93,10 @@ class Keyring:
                 return self._open(key, vendor, candidate.key, candidate.transport)
         return None
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Take other settings, and other keys with them; connections that are open stay."""
+        self._settings = settings
+
     async def refused(self, key: BatchKey) -> None:
         """Forget what was known of an account's credentials: the vendor refused them."""
         where = (key.provider, key.base_url, key.account)
@@ -105,10 +112,9 @@ class Keyring:
 
     def _candidates(self, key: BatchKey, vendor: Provider) -> list[_Candidate]:
         found: list[_Candidate] = []
-        if self._settings.keys is not None:
-            given = self._settings.keys(key.provider, key.account)
-            if given:
-                found.append(_Candidate(given, certain=True))
+        given = self._given(key)
+        if given:
+            found.append(_Candidate(given, certain=not isinstance(self._settings.keys, KeysByProvider)))
         for (name, base_url, _account), link in self._live.items():
             if (name, base_url) == (key.provider, key.base_url):
                 found.append(_Candidate(link.key, link.transport))
@@ -116,6 +122,17 @@ class Keyring:
         if from_environment:
             found.append(_Candidate(from_environment))
         return found
+
+    def _given(self, key: BatchKey) -> str | None:
+        """Ask the user's own function."""
+        if self._settings.keys is None:
+            return None
+        try:
+            return self._settings.keys(key.provider, key.account)
+        except Exception as error:  # noqa: BLE001 - it is not ours; what waits for a key goes on waiting
+            # its text may hold what it was about: a key
+            warn("keys", f"the `keys` function that was configured raised {type(error).__name__}")
+            return None
 
     async def _prove(self, key: BatchKey, vendor: Provider, candidate: str, job: Job | None) -> bool:
         """Ask the vendor, by a harmless look, whether a key belongs to the account."""
@@ -184,20 +201,43 @@ def _salt() -> bytes:
     """Read, or make, the salt: 32 bytes in the user's configuration folder, for this user only."""
     path = platformdirs.user_config_path("presort") / "salt"
     try:
-        return path.read_bytes()
+        salt = path.read_bytes()
     except FileNotFoundError:
-        pass
+        salt = _new_salt(path)
+    except OSError as error:
+        raise _no_salt(path, error.strerror) from error
+    if len(salt) != _SALT_BYTES:
+        raise _no_salt(path, f"it has {len(salt)} bytes, not {_SALT_BYTES}: somebody has changed it")
+    return salt
+
+
+def _new_salt(path: Path) -> bytes:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = path.with_name(f"salt.{secrets.token_hex(8)}")
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-        with contextlib.suppress(FileExistsError):  # another process was first: its salt counts
-            os.link(draft, path)
-        draft.unlink()
+            file.write(secrets.token_bytes(_SALT_BYTES))
+        _put_in_place(draft, path)
         return path.read_bytes()
     except OSError as error:
-        raise ConfigurationError(
-            f"cannot keep the salt for account names in `{path}` ({error.strerror}); name the account yourself: "
-            "PRESORT_ACCOUNT=… or `presort.configure(account=…)`"
-        ) from error
+        raise _no_salt(path, error.strerror) from error
+
+
+def _put_in_place(draft: Path, path: Path) -> None:
+    """Give a finished file its name, unless another process was first: its salt counts then."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    except (AttributeError, OSError):  # no hard links here: Android, FAT
+        if not path.exists():
+            with contextlib.suppress(FileExistsError):  # Windows does not replace
+                draft.rename(path)
+    draft.unlink(missing_ok=True)
+
+
+def _no_salt(path: Path, why: str | None) -> ConfigurationError:
+    return ConfigurationError(
+        f"cannot keep the salt for account names in `{path}` ({why}); name the account yourself: "
+        "PRESORT_ACCOUNT=… or `presort.configure(account=…)`"
+    )

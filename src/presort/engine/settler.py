@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any, ParamSpec
 
 from presort.engine.accumulator import new_job
 from presort.engine.core import Core, backoff
@@ -19,6 +20,8 @@ from presort.request import Outcome, OutcomeKind, Request, Route
 from presort.routing import MISSING, RETRYABLE_STATUSES, Step, next_step
 from presort.store.base import ClaimedJob, ClaimedRequest, LedgerRow, Settlement, Spend
 from presort.telemetry import fell_back, logger, warn
+
+P = ParamSpec("P")
 
 STANDARD_TRIES = 4
 """Times the standard route is tried for one request before its last answer stands."""
@@ -180,7 +183,7 @@ class Settler:
         vendor = provider(key.provider)
         channel = await core.keyring.channel(key)
         if channel is None:
-            await core.db(core.store.release_standard, core.owner, [request.id])
+            await self._surely(core.db, core.store.release_standard, core.owner, [request.id])
             self._rest_until = core.clock() + _NO_KEY_PAUSE_SECONDS
             warn(f"needs_key:{key.id}", f"fallbacks wait for a key of their account; set {vendor.key_variable}")
             return
@@ -200,7 +203,7 @@ class Settler:
             pause = refusal.retry_after_seconds or backoff(self._tries[request.id])
         except ChannelError as error:
             if isinstance(error, AnswerLostError):
-                await core.db(core.store.book, [self._doubt(claimed)])
+                await self._surely(core.db, core.store.book, [self._doubt(claimed)])
             outcome = self._failed(vendor, 502, f"the answer was lost: {error}")
             pause = backoff(self._tries[request.id])
         else:
@@ -212,11 +215,23 @@ class Settler:
             last = True
         if last:
             self._tries.pop(request.id, None)
-            await core.settle([core.settlement(request.id, request.custom_id, key, outcome, request.run)])
+            settlement = core.settlement(request.id, request.custom_id, key, outcome, request.run)
+            await self._surely(core.settle, [settlement])
             reach("standard.settled")
             return
         await asyncio.sleep(pause)
-        await core.db(core.store.release_standard, core.owner, [request.id])
+        await self._surely(core.db, core.store.release_standard, core.owner, [request.id])
+
+    async def _surely(self, action: Callable[P, Awaitable[Any]], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Write to the store however often it takes: what was claimed here nobody else will free while we live."""
+        while True:
+            try:
+                await action(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - a full disk, a lock held for long
+                warn("standard", f"cannot write to the store, trying again: {error}")
+                await asyncio.sleep(1.0)
+            else:
+                return
 
     def _failed(self, vendor: Provider, status: int, reason: str) -> Outcome:
         body = vendor.error_body(status, f"presort: {reason}")

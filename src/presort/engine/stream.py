@@ -36,6 +36,7 @@ class Stream(Iterator[tuple[int, Outcome]]):
         self._run = run
         self._options = (deadline_seconds, batching, link)
         self._changed = threading.Condition()
+        self._group = Group()
         self._ids: list[str | None] = []
         self._position = 0
         self._loaded: deque[tuple[int, str, Outcome]] = deque()
@@ -57,6 +58,11 @@ class Stream(Iterator[tuple[int, Outcome]]):
             self._error = self._error or error
             self._changed.notify_all()
 
+    @property
+    def attached(self) -> int:
+        """Requests that an earlier session of the named run handed in."""
+        return self._group.attached
+
     def wait(self, timeout_seconds: float) -> bool:
         """Wait until every payload has its outcome, or so long; return whether they have."""
         with self._changed:
@@ -74,6 +80,7 @@ class Stream(Iterator[tuple[int, Outcome]]):
     def _load(self) -> None:
         """Read the next settled stretch from the store; its predecessor has been handed out."""
         engine = self._engine
+        engine.check_may_block()
         if self._given:
             given, self._given = self._given, []
             engine.call(self._hand_out(given))
@@ -111,7 +118,7 @@ class Stream(Iterator[tuple[int, Outcome]]):
     def _feed(self) -> None:
         engine = self._engine
         deadline_seconds, batching, link = self._options
-        group = Group()
+        group = self._group
         try:
             source = iter(self._payloads)
             while payloads := list(islice(source, ADMIT_CHUNK)):

@@ -94,11 +94,13 @@ class Worker:
                 if not await core.db(core.store.heartbeat, core.owner, now, lease):
                     await core.db(core.store.join, core.owner, core.host, core.pid, now, lease)
                 await core.db(core.store.renew, core.owner, list(self._active), now, lease)
+                core.trouble.pop("lease", None)
                 await self._settler.rescue()
                 if now >= prune_at:
                     await core.db(core.store.prune, now, core.settings.replay_seconds, KEEP_ROWS_SECONDS)
                     prune_at = now + PRUNE_SECONDS
             except Exception as error:  # noqa: BLE001 - a missed beat costs the lease at worst
+                core.note_trouble("lease", error)
                 warn("lease", f"cannot reach the store, trying again: {error}")
 
     async def stop(self) -> None:

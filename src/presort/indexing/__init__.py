@@ -1,0 +1,1 @@
+"""Documents in, records out: what `presort index` does."""

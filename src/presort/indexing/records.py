@@ -99,7 +99,7 @@ class RecordWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = _checked(path)
+        self.path = check_output(path)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.count = 0
         self._file: BinaryIO | None = _open(self.partial)
@@ -251,8 +251,8 @@ def _one_line(text: str) -> str:
 # The file -----------------------------------------------------------------------------------------------
 
 
-def _checked(path: Path) -> Path:
-    """Return where the output really lies; raises `InputError` if a file cannot be put there."""
+def check_output(path: Path) -> Path:
+    """Return where the output really lies, links followed; raises `InputError` if a file cannot be put there."""
     problem = None
     with _named_errors(path):
         target = Path(os.path.realpath(path))

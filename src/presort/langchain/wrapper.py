@@ -175,8 +175,12 @@ class _Optimized(_Base):
         wish = wish_for(clients.owner_of(self))
         if wish is None or wish.route is not Route.BATCH:
             return None
-        wish = wish if wish.batching is not None else replace(wish, batching=self._batching())
-        return wish if wish.batching is not None and wish.batching.enabled else None
+        return wish if wish.batching is not None else replace(wish, batching=self._batching())
+
+    def _batches(self) -> bool:
+        """Whether a call made now takes the batch route, as far as can be known here."""
+        wish = self._asked()
+        return wish is not None and wish.batching is not None and wish.batching.enabled
 
     def _wish_for_many(self, count: int) -> Wish | None:
         """Return what to ask for a group of calls; `None` is nothing: leave them to LangChain."""
@@ -247,7 +251,7 @@ class _Optimized(_Base):
         yield from iterate_beside(items)
 
     def _wish_as_completed(self, method: str, count: int) -> Wish | None:
-        if self._asked() is not None:
+        if self._batches():
             return self._wish_for_many(count)
         if self._wish_for_many(count) is not None:
             warn(
@@ -266,12 +270,12 @@ class _Optimized(_Base):
     # -- no streaming on the batch route: no Batch API accepts it
     def _should_stream(self, *, async_api: bool, run_manager: Any = None, **kwargs: Any) -> bool:
         # only a call that is under way has a run manager; without one somebody asks for `stream()` itself
-        if run_manager is not None and self._asked() is not None:
+        if run_manager is not None and self._batches():
             return False
         return super()._should_stream(async_api=async_api, run_manager=run_manager, **kwargs)
 
     def _should_use_protocol_streaming(self, *, async_api: bool, run_manager: Any = None, **kwargs: Any) -> bool:
-        if run_manager is not None and self._asked() is not None:
+        if run_manager is not None and self._batches():
             return False
         return super()._should_use_protocol_streaming(async_api=async_api, run_manager=run_manager, **kwargs)
 
@@ -294,6 +298,8 @@ class _Optimized(_Base):
             return await super()._agenerate(messages, stop, run_manager, **self._unstreamed(kwargs))
 
     def _unstreamed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if not self._batches():
+            return kwargs
         kwargs.pop("stream", None)
         return {**kwargs, **self.presort_family.unstreamed}
 

@@ -80,9 +80,7 @@ class Admission(Owners):
             _STANDING.where(requests.c.open_run == run, self._db.among(requests.c.payload_hash, hashes))
         ).all()
 
-    def _left_behind(
-        self, connection: Connection, owner: str, items: Iterable[NewRequest]
-    ) -> Sequence[Row[Any]]:
+    def _left_behind(self, connection: Connection, owner: str, items: Iterable[NewRequest]) -> Sequence[Row[Any]]:
         """Return the rows without a run that a dead owner left and that may stand for items, held."""
         hashes = [item.payload_hash for item in items]
         return connection.execute(
@@ -167,9 +165,7 @@ class _Plan:
             }
         )
         self.bodies.append({"id": item.id, "body": item.body})
-        return Request(
-            item.id, key_id, item.payload_hash, RequestState.QUEUED, 0, item.deadline, self.now, self.run
-        )
+        return Request(item.id, key_id, item.payload_hash, RequestState.QUEUED, 0, item.deadline, self.now, self.run)
 
     def _attach(self, row: Row[Any], item: NewRequest) -> Request:
         request = rows.settled_of(row)
@@ -224,9 +220,7 @@ _STANDING = (
 
 _NEW = {"state": QUEUED, "route": BATCH, "attempt": NO, "shared": NO, "handed_out": NO}
 
-_NEW_DEADLINE = (
-    update(requests).where(requests.c.id == bindparam("of_id")).values(deadline=bindparam("deadline"))
-)
+_NEW_DEADLINE = update(requests).where(requests.c.id == bindparam("of_id")).values(deadline=bindparam("deadline"))
 
 _RESTART = (
     update(requests)
@@ -238,8 +232,6 @@ _RESTART = (
         shared=NO,
         handed_out=NO,
         **{name: bindparam(name) for name in ("owner", "deadline", "created_at", "body_bytes")},
-        **dict.fromkeys(
-            ("job_id", "sender", "outcome", "status", "outcome_route", "reason", "batch_id", "settled_at")
-        ),
+        **dict.fromkeys(("job_id", "sender", "outcome", "status", "outcome_route", "reason", "batch_id", "settled_at")),
     )
 )

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from decimal import Context, Decimal
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     ARRAY,
@@ -40,13 +40,15 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from presort.errors import MissingExtraError, StoreError, StoreVersionError
 from presort.store import files
 from presort.store.schema import REVISION, VERSION_TABLE
+
+if TYPE_CHECKING:
+    from sqlalchemy.dialects import postgresql, sqlite
 
 BUSY_SECONDS = 30.0
 """How long a transaction waits for another process's."""
@@ -139,7 +141,13 @@ class Database:
     # -- where the dialects differ ---------------------------------------------------------------------------
     def insert(self, table: Table) -> postgresql.Insert | sqlite.Insert:
         """Return an INSERT that knows ON CONFLICT."""
-        return postgresql.insert(table) if self.is_postgres else sqlite.insert(table)
+        if self.is_postgres:
+            from sqlalchemy.dialects import postgresql
+
+            return postgresql.insert(table)
+        from sqlalchemy.dialects import sqlite
+
+        return sqlite.insert(table)
 
     def among(self, column: ColumnElement[Any], values: Sequence[str]) -> ColumnElement[bool]:
         """Return `column IN values` as one parameter, however many values there are."""
@@ -154,9 +162,7 @@ class Database:
             return cast(func.sum(cast(column, Numeric)), Text)
         return func.exact_sum(column)
 
-    def many(
-        self, connection: Connection, statement: Insert | Update, rows: Sequence[dict[str, Any]]
-    ) -> None:
+    def many(self, connection: Connection, statement: Insert | Update, rows: Sequence[dict[str, Any]]) -> None:
         """Run a statement once for each row.
 
         Many rows go past SQLAlchemy, which would look at each for as long as SQLite takes to store it: their

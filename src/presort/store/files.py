@@ -81,11 +81,7 @@ def prepare(path: Path) -> None:
             msg = f"the store {path} cannot be created: {path.parent} is not a folder"
             raise StoreError(msg) from None
     except OSError as error:
-        hint = (
-            "free some space on that disk"
-            if error.errno in {errno.ENOSPC, errno.EDQUOT}
-            else "choose another path"
-        )
+        hint = "free some space on that disk" if error.errno in {errno.ENOSPC, errno.EDQUOT} else "choose another path"
         msg = f"the store {path} cannot be created ({error.strerror}); {hint}"
         raise StoreError(msg) from error
 

@@ -188,8 +188,7 @@ class Jobs(Owners):
             query = query.where(requests.c.id > split[0])
         with self._db.read() as connection:
             return [
-                (custom_id(request_id, attempt), bytes(body))
-                for request_id, attempt, body in connection.execute(query)
+                (custom_id(request_id, attempt), bytes(body)) for request_id, attempt, body in connection.execute(query)
             ]
 
     def unsettled(self, job_id: str, limit: int) -> list[Request]:
@@ -207,9 +206,7 @@ class Jobs(Owners):
         """Return all custom_ids of a job, in the order of `rows`."""
         with self._db.read() as connection:
             found = connection.execute(
-                select(requests.c.id, requests.c.attempt)
-                .where(requests.c.job_id == job_id)
-                .order_by(requests.c.id)
+                select(requests.c.id, requests.c.attempt).where(requests.c.job_id == job_id).order_by(requests.c.id)
             )
             return [custom_id(request_id, attempt) for request_id, attempt in found]
 
@@ -229,9 +226,7 @@ class Jobs(Owners):
     def job_views(self, now: float, *, all_jobs: bool = False) -> list[JobView]:
         """Return the jobs under way, oldest first; with `all_jobs` the completed ones too."""
         settled = (
-            select(func.count())
-            .where(requests.c.job_id == jobs.c.id, requests.c.state == SETTLED)
-            .scalar_subquery()
+            select(func.count()).where(requests.c.job_id == jobs.c.id, requests.c.state == SETTLED).scalar_subquery()
         )
         query = (
             select(*rows.JOB, settled.label("settled"), owners.c.host, owners.c.pid)
@@ -259,9 +254,7 @@ class Jobs(Owners):
                 row
                 for queue in (queued_for_batch, queued_for_standard)
                 for row in connection.execute(
-                    select(*groups, func.count(), func.min(requests.c.created_at))
-                    .where(queue)
-                    .group_by(*groups)
+                    select(*groups, func.count(), func.min(requests.c.created_at)).where(queue).group_by(*groups)
                 ).all()
             ]
             return [
@@ -291,9 +284,7 @@ class Jobs(Owners):
                 return stored
             found = self._lock(
                 connection,
-                eligible.add_columns(requests.c.body_bytes, requests.c.deadline).where(
-                    requests.c.key_id == job.key_id
-                ),
+                eligible.add_columns(requests.c.body_bytes, requests.c.deadline).where(requests.c.key_id == job.key_id),
                 request_ids,
             )
             if not found:

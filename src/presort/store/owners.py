@@ -74,9 +74,7 @@ class Owners:
         """Return the owners whose lease has not run out: (owner, host, pid)."""
         with self._db.read() as connection:
             found = connection.execute(
-                select(owners.c.id, owners.c.host, owners.c.pid)
-                .where(owners.c.lease_until > now)
-                .order_by(owners.c.id)
+                select(owners.c.id, owners.c.host, owners.c.pid).where(owners.c.lease_until > now).order_by(owners.c.id)
             )
             return [(owner, host, pid) for owner, host, pid in found]
 
@@ -108,9 +106,7 @@ class Owners:
             return []
         return list(
             connection.execute(
-                query.where(self._db.among(requests.c.id, ids))
-                .order_by(requests.c.id)
-                .with_for_update(of=requests)
+                query.where(self._db.among(requests.c.id, ids)).order_by(requests.c.id).with_for_update(of=requests)
             )
         )
 

@@ -50,9 +50,7 @@ class Requests(Admission, Ledger):
             withdrawn = [row.id for row in found if not row.shared]
             if given_up:
                 connection.execute(
-                    update(requests)
-                    .where(self._db.among(requests.c.id, given_up))
-                    .values(owner="", shared=NO)
+                    update(requests).where(self._db.among(requests.c.id, given_up)).values(owner="", shared=NO)
                 )
             self._delete(connection, withdrawn)
             return withdrawn
@@ -80,9 +78,7 @@ class Requests(Admission, Ledger):
                 .with_for_update(skip_locked=True)
             ).all()
             self._update(connection, [row.id for row in found], owner=owner, shared=NO)
-            return [
-                (rows.request_of(row), self._key(connection, row.key_id), row.body_bytes) for row in found
-            ]
+            return [(rows.request_of(row), self._key(connection, row.key_id), row.body_bytes) for row in found]
 
     def queued(self, ids: Sequence[str]) -> list[str]:
         """Return those of the requests that are QUEUED."""
@@ -131,9 +127,7 @@ class Requests(Admission, Ledger):
         """
         with self._db.write() as connection:
             alive = connection.scalar(
-                select(owners.c.id)
-                .where(owners.c.id == owner, owners.c.lease_until > now)
-                .with_for_update(read=True)
+                select(owners.c.id).where(owners.c.id == owner, owners.c.lease_until > now).with_for_update(read=True)
             )
             if alive is None:
                 return []
@@ -145,9 +139,7 @@ class Requests(Admission, Ledger):
                 .limit(limit)
                 .with_for_update(skip_locked=True, of=requests)
             ).all()
-            self._update(
-                connection, [row.id for row in found], state=RequestState.ON_STANDARD.value, sender=owner
-            )
+            self._update(connection, [row.id for row in found], state=RequestState.ON_STANDARD.value, sender=owner)
             return [
                 ClaimedRequest(
                     replace(rows.request_of(row), state=RequestState.ON_STANDARD, body=bytes(row.body)),
@@ -178,8 +170,7 @@ class Requests(Admission, Ledger):
             found = [row for row in held if row.sender not in alive]
             self._requeue(connection, [row.id for row in found])
             rescued = [
-                ClaimedRequest(rows.request_of(row), self._key(connection, row.key_id), row.reason)
-                for row in found
+                ClaimedRequest(rows.request_of(row), self._key(connection, row.key_id), row.reason) for row in found
             ]
             self._book(connection, [_doubt(claimed, now) for claimed in rescued])
             return rescued
@@ -204,9 +195,7 @@ class Requests(Admission, Ledger):
         Dying inside: all outcomes and ledger rows are stored, or none and they can be settled again.
         """
         with self._db.write() as connection:
-            found = self._lock(
-                connection, select(requests.c.id, requests.c.state), [item.request_id for item in items]
-            )
+            found = self._lock(connection, select(requests.c.id, requests.c.state), [item.request_id for item in items])
             still_open = {row.id for row in found if row.state != RequestState.SETTLED}
             first: dict[str, Settlement] = {}
             costs: list[LedgerRow] = []
@@ -294,8 +283,7 @@ _SETTLE = (
         state=SETTLED,
         sender=null(),
         **{
-            name: bindparam(name)
-            for name in ("outcome", "status", "outcome_route", "reason", "batch_id", "settled_at")
+            name: bindparam(name) for name in ("outcome", "status", "outcome_route", "reason", "batch_id", "settled_at")
         },
     )
 )

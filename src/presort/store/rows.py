@@ -52,9 +52,7 @@ _tokens = attrgetter(*_USAGE_NAMES)  # `astuple` is fifty times slower
 
 def with_outcomes(*more: ColumnElement[Any]) -> Select[Any]:
     """Select requests with their outcomes, and some columns besides at the end."""
-    return select(*REQUEST, *OUTCOME, *more).select_from(
-        requests.outerjoin(answers, answers.c.id == requests.c.id)
-    )
+    return select(*REQUEST, *OUTCOME, *more).select_from(requests.outerjoin(answers, answers.c.id == requests.c.id))
 
 
 def request_of(row: Sequence[Any]) -> Request:
@@ -76,9 +74,7 @@ def settled_of(row: Sequence[Any]) -> Request:
             reason,
             batch_id,
         )
-    return Request(
-        row[0], row[1], row[2], RequestState(row[3]), row[4], row[5], row[6], row[7], row[8], None, outcome
-    )
+    return Request(row[0], row[1], row[2], RequestState(row[3]), row[4], row[5], row[6], row[7], row[8], None, outcome)
 
 
 def outcome_row(item: Settlement, now: float) -> dict[str, Any]:

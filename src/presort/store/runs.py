@@ -44,9 +44,7 @@ class Runs(Owners):
                 .with_for_update()
             ).all()
             self._delete(connection, [request_id for request_id, settled in found if settled])
-            self._update(
-                connection, [request_id for request_id, settled in found if not settled], open_run=None
-            )
+            self._update(connection, [request_id for request_id, settled in found if not settled], open_run=None)
 
     def prune(self, now: float, replay_seconds: float, row_seconds: float) -> int:
         """Delete what has grown old; return the number of requests touched. The ledger stays.

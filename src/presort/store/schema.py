@@ -186,9 +186,7 @@ awaits_caller = requests.c.open_run.is_(None) & (requests.c.handed_out == NO)
 unfinished = jobs.c.state != literal_column(f"'{JobState.COMPLETED}'")
 
 
-def _index(
-    name: str, *columns: ColumnElement[object], unique: bool = False, where: ColumnElement[bool]
-) -> None:
+def _index(name: str, *columns: ColumnElement[object], unique: bool = False, where: ColumnElement[bool]) -> None:
     Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)
 
 
@@ -218,9 +216,7 @@ _index(
     where=requests.c.job_id.is_not(None),
 )
 # settled_since, prune
-_index(
-    "presort_requests_settled", requests.c.settled_at, requests.c.id, where=requests.c.settled_at.is_not(None)
-)
+_index("presort_requests_settled", requests.c.settled_at, requests.c.id, where=requests.c.settled_at.is_not(None))
 # claim_jobs, next_due, job_views, batch_keys, mark_creating: few are unfinished at any time
 _index("presort_jobs_due", jobs.c.due_at, jobs.c.id, where=unfinished)
 # leave: the leases of one owner; renew has the ids

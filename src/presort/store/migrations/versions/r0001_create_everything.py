@@ -79,9 +79,7 @@ def upgrade() -> None:
     )
     op.create_index("presort_jobs_batch", "presort_jobs", ["batch_id"], **_where("batch_id IS NOT NULL"))
     op.create_index("presort_jobs_due", "presort_jobs", ["due_at", "id"], **_where("state != 'completed'"))
-    op.create_index(
-        "presort_jobs_lease", "presort_jobs", ["lease_owner"], **_where("lease_owner IS NOT NULL")
-    )
+    op.create_index("presort_jobs_lease", "presort_jobs", ["lease_owner"], **_where("lease_owner IS NOT NULL"))
     op.create_table(
         "presort_ledger",
         sa.Column("custom_id", _ID, nullable=False),
@@ -171,9 +169,7 @@ def upgrade() -> None:
     op.create_index(
         "presort_requests_job", "presort_requests", ["job_id", "id", "state"], **_where("job_id IS NOT NULL")
     )
-    op.create_index(
-        "presort_requests_on_standard", "presort_requests", ["sender"], **_where("state = 'on_standard'")
-    )
+    op.create_index("presort_requests_on_standard", "presort_requests", ["sender"], **_where("state = 'on_standard'"))
     op.create_index(
         "presort_requests_settled",
         "presort_requests",
