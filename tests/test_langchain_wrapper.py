@@ -28,7 +28,7 @@ from langchain_openai import AzureChatOpenAI, ChatOpenAI
 
 import presort
 from presort import OptimizedLLMWrapper, runtime
-from presort.context import Ticket, Wish, asked, wish_for
+from presort.context import Ticket, Wish, asked, current_wish, wish_for
 from presort.engine import Group
 from presort.errors import ConfigurationError, MissingExtraError
 from presort.langchain import clients
@@ -406,6 +406,7 @@ def test_a_group_tells_when_nothing_more_will_come() -> None:
 async def test_a_limit_holds_for_calls_on_the_wire_and_not_for_parked_ones() -> None:
     """Of ten calls with a limit of two, at most two run at once, and parked ones do not count."""
     on_the_wire, most, parked = 0, 0, asyncio.Event()
+    left = asyncio.Semaphore(0)
 
     async def standard() -> str:
         nonlocal on_the_wire, most
@@ -413,11 +414,10 @@ async def test_a_limit_holds_for_calls_on_the_wire_and_not_for_parked_ones() -> 
         most = max(most, on_the_wire)
         await asyncio.sleep(0)
         on_the_wire -= 1
+        left.release()
         return "standard"
 
     async def batch() -> str:
-        from presort.context import current_wish
-
         assert current_wish().ticket.take() is not None
         await parked.wait()
         return "batch"
@@ -425,8 +425,8 @@ async def test_a_limit_holds_for_calls_on_the_wire_and_not_for_parked_ones() -> 
     calls = [batch, standard] * 5
     spread = Spread(calls, Wish(Route.BATCH), 2, return_exceptions=False)
     async with asyncio.timeout(5):
-        while sum(task.done() for task in spread._tasks) < 5:
-            await asyncio.sleep(0.001)
+        for _ in range(5):
+            await left.acquire()
     parked.set()
     assert ["batch", "standard"] * 5 == await spread.results()
     assert most <= 2
@@ -478,7 +478,7 @@ async def test_the_first_error_ends_the_others() -> None:
 # Beside
 
 
-def test_whoever_stops_waiting_cancels_what_runs_beside() -> None:
+def test_whoever_stops_waiting_cancels_what_runs_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupt while waiting is raised at once, and the coroutine beside is cancelled."""
     started, cancelled = threading.Event(), threading.Event()
 
@@ -496,8 +496,8 @@ def test_whoever_stops_waiting_cancels_what_runs_beside() -> None:
     def interrupted(*_: object) -> Any:
         raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("presort.langchain.calls.concurrent.futures.wait", interrupted)
+    monkeypatch.setattr("presort.langchain.calls.concurrent.futures.wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         beside.result()
     assert cancelled.wait(5)
 

@@ -33,7 +33,7 @@ class KeysByProvider:
     def __init__(self, keys: Mapping[str, str]) -> None:
         self._keys = dict(keys)
 
-    def __call__(self, provider: str, account: str) -> str | None:  # noqa: ARG002 - as every key source
+    def __call__(self, provider: str, _account: str) -> str | None:  # noqa: D102 - as every key source
         return self._keys.get(provider)
 
 
@@ -104,7 +104,7 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
     )
 
-    store: Annotated[str, BeforeValidator(_as_text)] | None | None = Field(None, repr=False)
+    store: Annotated[str, BeforeValidator(_as_text)] | None = Field(None, repr=False)
     """SQLAlchemy URL or file path of the store; by default a SQLite file in the user's state folder."""
     account: str | None = Field(None, pattern=r"^[A-Za-z0-9._@-]{1,64}$", repr=False)
     """A name for who pays. With it a changed key stays the same account."""

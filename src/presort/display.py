@@ -145,7 +145,8 @@ def _status(engine: Engine, work: Work) -> str:
         parts.append(f"resumed {stream.attached}")
     if submitted:
         seconds = max(0.0, min(view.job.due_at for view in batches) - time.time())
-        parts.append(f"{len(batches)} {_plural('batch', len(batches), 'es')}, next look in {seconds:.0f} s")
+        look = f", next look in {duration(seconds)}" if seconds >= 1 else ""
+        parts.append(f"{len(batches)} {_plural('batch', len(batches), 'es')}{look}")
     stuck = next((view.job.note for view in jobs if view.job.note and view.job.state in _STUCK), None)
     stuck = stuck or next((view.job.note for view in batches if view.job.note), None)
     if waiting and stuck:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import importlib
+import sys
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from types import ModuleType
@@ -25,7 +25,7 @@ from presort.telemetry import warn
 
 T = TypeVar("T")
 
-_LIBRARIES = frozenset({"httpx", "httpx2"})
+_LIBRARIES = ("httpx2", "httpx")
 _POOLS = frozenset({"ConnectionPool", "AsyncConnectionPool"})
 _PROXY_POOLS = frozenset({"HTTPProxy", "AsyncHTTPProxy", "SOCKSProxy", "AsyncSOCKSProxy"})
 _LOOK_SECONDS = 1.0
@@ -38,10 +38,13 @@ def library(thing: object) -> ModuleType:
     Raises:
         TypeError: It comes from neither.
     """
-    for cls in type(thing).__mro__:
-        root = cls.__module__.partition(".")[0]
-        if root in _LIBRARIES:
-            return importlib.import_module(root)
+    # not by `__module__`: importing openai renames `httpx2.BaseTransport` to `openai.BaseTransport`
+    for name in _LIBRARIES:
+        lib = sys.modules.get(name)
+        if lib is not None and isinstance(
+            thing, (lib.Client, lib.AsyncClient, lib.BaseTransport, lib.AsyncBaseTransport)
+        ):
+            return lib
     raise TypeError(f"expected a client or transport of httpx or httpx2, got {type(thing).__name__}")
 
 
@@ -125,14 +128,14 @@ def sibling(
     if face_of is not None:
         # an asynchronous face of ours: what is behind it belongs to no loop
         inner, loop = face_of, None
-    module = type(inner).__module__.partition(".")[0]
-    if module in _LIBRARIES and hasattr(inner, "_pool"):
+    lib = lib or library(inner)
+    if type(inner) in {lib.HTTPTransport, lib.AsyncHTTPTransport}:
         try:
             return _doubled(inner._pool)  # noqa: SLF001 - see the module's docstring
         except (AttributeError, LookupError) as error:
             # going out without the proxy, say, that a setting we cannot read stands for would be worse
-            warn("sibling", f"cannot double a transport of {module}, using it itself: {error}")
-    return _Borrowed(inner, lib or library(inner), loop)
+            warn("sibling", f"cannot double a transport of {lib.__name__}, using it itself: {error}")
+    return _Borrowed(inner, lib, loop)
 
 
 def _doubled(pool: Any) -> httpx2.AsyncBaseTransport:

@@ -6,66 +6,16 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from emulator_server import EmulatorServer
 
-from presort.config import load
-from presort.engine import Engine, Link
+from bench import COUNT, KEY, Bench, kinds
+from emulator_server import EmulatorServer
+from presort.engine import Link
 from presort.job import JobState
 from presort.monitoring.receipt import make_receipt, usd_text
-from presort.providers import provider
-from presort.providers.base import Prompt
-from presort.request import BatchKey, Outcome, OutcomeKind, Payload, Route
-from presort.store import Store
-
-COUNT = 10
-KEY = "test-key"
-
-
-class Bench:
-    """An engine on the emulator, and what the emulator saw of it."""
-
-    def __init__(self, emulator: EmulatorServer, vendor: str, folder: Path, **batching: Any) -> None:
-        self.emulator = emulator
-        self.vendor = provider(vendor)
-        path = self.vendor.default_base_url.partition("://")[2].partition("/")[2]
-        self.base_url = f"{emulator.url}/{path}".rstrip("/")
-        self.settings = load(
-            batching={"flush_seconds": 0.05, "poll_interval_seconds": 0.05, "deadline_seconds": 3600, **batching},
-            reconcile_window_seconds=1.5,
-            lease_seconds=5,
-        )
-        self.engine = Engine(self.settings, Store.open(f"sqlite:///{folder / 'presort.db'}"))
-
-    def payloads(self, count: int = COUNT, key: str = KEY, prefix: str = "Document") -> list[Payload]:
-        """Compose some questions."""
-        made = []
-        for number in range(count):
-            prompt = Prompt("Name the topic.", f"{prefix} {number}", {"type": "object"}, max_tokens=64)
-            endpoint, body, headers = self.vendor.compose(self.vendor.default_model, prompt)
-            account = self.engine.account(key)
-            batch_key = BatchKey(self.vendor.name, self.base_url, account, endpoint, self.vendor.default_model, headers)
-            made.append(Payload(batch_key, body))
-        return made
-
-    def ask(self, count: int = COUNT, *, deadline: float | None = None, key: str = KEY) -> list[Outcome]:
-        """Send them as one group and wait."""
-        stream = self.engine.stream(self.payloads(count, key), deadline_seconds=deadline, link=Link(key))
-        assert stream.wait(40), "somebody waits for ever"
-        return [outcome for _position, outcome in stream]
-
-    @property
-    def batches(self) -> list[int]:
-        """Sizes of the batches the vendor made of ours, oldest first."""
-        return [len(batch["custom_ids"]) for batch in self.emulator.record()["batches"] if not batch["foreign"]]
-
-    @property
-    def calls(self) -> int:
-        """Standard calls the vendor took."""
-        return len(self.emulator.record()["calls"])
+from presort.request import OutcomeKind, Route
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +49,6 @@ def make_bench(emulator, tmp_path):
             return bench
 
         yield make
-
-
-def kinds(outcomes: list[Outcome]) -> list[OutcomeKind]:
-    """Return how each ended."""
-    return [outcome.kind for outcome in outcomes]
 
 
 ALL_WELL = [OutcomeKind.SUCCEEDED] * COUNT

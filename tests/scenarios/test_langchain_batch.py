@@ -17,7 +17,6 @@ import anthropic
 import httpx2
 import openai
 import pytest
-from emulator_server import EmulatorServer
 from langchain_anthropic import ChatAnthropic
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
@@ -29,6 +28,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 import presort
+from emulator_server import EmulatorServer
 from presort import OptimizedLLMWrapper, runtime, telemetry
 from presort.engine import Engine
 
@@ -67,7 +67,7 @@ def emulator() -> Iterator[EmulatorServer]:
 @pytest.fixture(autouse=True)
 def _presort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(runtime, "_settings", None)
-    monkeypatch.setattr(telemetry, "_last", {})
+    telemetry._last.clear()
     presort.configure(
         store=str(tmp_path / "presort.db"), batching={"flush_seconds": 0.05, "poll_interval_seconds": 0.1}
     )
@@ -322,7 +322,7 @@ async def test_as_completed_is_standard_and_says_so_once(
 @VENDORS
 @pytest.mark.parametrize("synchronous", [False, True])
 async def test_as_completed_batches_when_asked(emulator: EmulatorServer, vendor: str, synchronous: bool) -> None:
-    """Under `presort.batch()` abatch_as_completed and batch_as_completed are one batch, whatever max_concurrency says."""
+    """Under `presort.batch()` (a)batch_as_completed is one batch, whatever max_concurrency says."""
     model, config = wrapped(emulator, vendor), {"max_concurrency": 2}
 
     def run() -> list[tuple[int, Any]]:
@@ -405,7 +405,7 @@ async def test_what_fails_before_the_transport_holds_nobody_up(emulator: Emulato
     answers = await model.abatch(["a", 42, "b"], return_exceptions=True)
     assert isinstance(answers[1], ValueError)
     assert ([2], 0) == (sizes(emulator), calls(emulator))
-    assert time.monotonic() - started < 4  # noqa: PLR2004 - a stuck group is given up after five
+    assert time.monotonic() - started < 4
 
 
 @VENDORS
@@ -478,7 +478,7 @@ async def test_answers_from_langchains_cache_hold_nobody_up(emulator: EmulatorSe
     again = await asyncio.wait_for(model.abatch(prompts(5)), PATIENCE_SECONDS)
     assert [answer.content for answer in answers] == [answer.content for answer in again]
     assert ([3, 2], 0) == (sizes(emulator), calls(emulator))
-    assert time.monotonic() - started < 4  # noqa: PLR2004 - a stuck group is given up after five
+    assert time.monotonic() - started < 4
 
 
 async def test_a_mixed_list_is_split_by_model(emulator: EmulatorServer) -> None:
@@ -561,7 +561,8 @@ def test_synchronous_batches_use_the_synchronous_client(
     model = wrapped(emulator, "openai", http_client=client)
     monkeypatch.setattr(Engine, "lacks_batch_api", lambda self, base_url: True)
     # When it is batched, twice, on loops that end
-    answers = model.batch(prompts(3), {"max_concurrency": 2}) + model.batch(prompts(3))
+    with client:
+        answers = model.batch(prompts(3), {"max_concurrency": 2}) + model.batch(prompts(3))
     # Then six standard calls went through that client
     assert 6 == len(answers)
     assert ([], 6) == (sizes(emulator), calls(emulator))

@@ -373,7 +373,8 @@ class Engine:
             self._failure = error
             if self._ready.is_set():
                 logger.exception("presort's engine has stopped")
-                self.close(error=lambda: ClosedError(f"presort's engine has stopped: {error!r}"))
+                why = f"presort's engine has stopped: {error!r}"
+                self.close(error=lambda: ClosedError(why))
         finally:
             self._ready.set()
 

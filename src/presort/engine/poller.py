@@ -155,7 +155,7 @@ class Poller:
         failures = job.failures + 1
         pause = min(backoff(failures, 0.5), self._core.settings.batching.poll_interval_seconds * 5)
         note = f"cannot read it, trying again: {error}"
-        warn(f"look:{job.id}", f"batch {job.batch_id}: {note}")
+        warn(f"look:{job.key_id}", f"batch {job.batch_id}: {note}")
         changes = {"due_at": self._core.clock() + pause, "failures": failures, "note": note[:500]}
         await self._snooze(job, changes)
         await self._give_up_if_overdue(claimed, f"it could not be read: {error}")

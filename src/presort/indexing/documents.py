@@ -224,9 +224,7 @@ def _is_folder(path: Path) -> bool:
         raise InputError(f"`{_shown(path)}` cannot be used: {_why(error)}") from error
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         # It is listed, counted and read in turn, and a pipe can be read only once.
-        raise InputError(
-            f"`{_shown(path)}` is neither a file nor a folder: save what it holds to a file first"
-        )
+        raise InputError(f"`{_shown(path)}` is neither a file nor a folder: save what it holds to a file first")
     return stat.S_ISDIR(mode)
 
 
@@ -235,9 +233,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     parts = [[part for part in Path(os.path.abspath(path)).parts[1:] if part] for path in paths]
     lengths = [1] * len(parts)
     while True:
-        labels = [
-            "/".join(_nfc(name) for name in names[-n:]) for names, n in zip(parts, lengths, strict=True)
-        ]
+        labels = ["/".join(_nfc(name) for name in names[-n:]) for names, n in zip(parts, lengths, strict=True)]
         seen: dict[str, list[int]] = {}
         for index, label in enumerate(labels):
             seen.setdefault(label, []).append(index)
@@ -260,9 +256,7 @@ def _refuse_overlap(roots: Sequence[_Root]) -> None:
             found = root.is_folder or not below or _suffix(below[-1]) in SUFFIXES
             if found and not any(name.startswith(".") for name in below):
                 a, b = _shown(root.path), _shown(other.path)
-                raise InputError(
-                    f"`{a}` and `{b}` hold the same documents, to be paid for twice: leave one out"
-                )
+                raise InputError(f"`{a}` and `{b}` hold the same documents, to be paid for twice: leave one out")
         outer.append((parts, root))
 
 
@@ -271,9 +265,7 @@ def _refuse_barren(root: _Root, excluded: frozenset[str]) -> None:
     skipped = Skipped()
     first = next(_entries(root, excluded, skipped), None)
     if first is None:
-        others = ", ".join(
-            f"{count} {suffix or 'without suffix'}" for suffix, count in _most(skipped.by_suffix)
-        )
+        others = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in _most(skipped.by_suffix))
         found = f"; other files there: {others}" if others else ""
         raise InputError(
             f"`{_shown(root.path)}` holds no document: looked for {', '.join(sorted(SUFFIXES))}{found}. "
@@ -584,9 +576,7 @@ def _undecodable(data: bytes, error: UnicodeDecodeError) -> str:
         return f"not UTF-8 text but binary: {where}"
     if error.reason == "unexpected end of data":
         return f"not UTF-8: it ends in the middle of a character ({where})"
-    return (
-        f"not UTF-8 but an older encoding such as Latin-1 or Windows-1252: {where}; {_remedy('WINDOWS-1252')}"
-    )
+    return f"not UTF-8 but an older encoding such as Latin-1 or Windows-1252: {where}; {_remedy('WINDOWS-1252')}"
 
 
 # Names --------------------------------------------------------------------------------------------------

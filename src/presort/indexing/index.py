@@ -43,7 +43,9 @@ class IndexJob:
     def run(self) -> str:
         """The name of the run: the same input and output resume each other."""
         parts = [*(str(path.resolve()) for path in self.paths), "->", str(self.output.resolve())]
-        return "index:" + hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+        return (
+            "index:" + hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+        )
 
 
 @dataclass(slots=True)
