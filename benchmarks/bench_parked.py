@@ -56,7 +56,7 @@ def holding_client(calls: int) -> Any:
         def __init__(self) -> None:
             self.waiting: list[asyncio.Future[None]] = []
 
-        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        async def handle_async_request(self, _request: httpx2.Request) -> httpx2.Response:
             loop = asyncio.get_running_loop()
             future = loop.create_future()
             self.waiting.append(future)
@@ -72,7 +72,7 @@ def holding_client(calls: int) -> Any:
     return httpx2.AsyncClient(transport=Holding())
 
 
-async def run_sdk(url: str, calls: int, prompts: list[str], presorted: bool) -> list[Any]:
+async def run_sdk(url: str, calls: int, prompts: list[str], *, presorted: bool) -> list[Any]:
     """Make the calls with the plain SDK."""
     import openai
 
@@ -94,7 +94,7 @@ async def run_sdk(url: str, calls: int, prompts: list[str], presorted: bool) -> 
         return await asyncio.gather(*(ask(prompt) for prompt in prompts))
 
 
-def chat_model(url: str, calls: int, presorted: bool) -> Any:
+def chat_model(url: str, calls: int, *, presorted: bool) -> Any:
     """Make LangChain's model."""
     from langchain_openai import ChatOpenAI
 
@@ -132,9 +132,9 @@ def measure(case: str, calls: int, url: str) -> dict[str, float]:
         if what == "sdk":
             import openai  # noqa: F401 - importing is not what is measured
 
-            work = lambda: asyncio.run(run_sdk(url, calls, prompts, presorted))  # noqa: E731
+            work = lambda: asyncio.run(run_sdk(url, calls, prompts, presorted=presorted))  # noqa: E731
         else:
-            model = chat_model(url, calls, presorted)
+            model = chat_model(url, calls, presorted=presorted)
             if what == "langchain-sync":
                 work = lambda: model.batch(prompts)  # noqa: E731
             else:
@@ -187,15 +187,19 @@ def main() -> None:
     if options.json:
         print(json.dumps({"calls": options.calls, "cases": results}, indent=2))
         return
+    columns = {
+        "wall s": ("wall_seconds", 2),
+        "CPU s": ("cpu_seconds", 2),
+        "CPU ms/call": ("cpu_ms_per_call", 2),
+        "x floor": ("cpu_ratio", 2),
+        "peak MiB": ("peak_mib", 0),
+        "KiB/call": ("kib_per_call", 1),
+        "x  floor": ("memory_ratio", 2),
+    }
     print(f"{options.calls} parked calls, a batch of {BATCH_SECONDS} s")
-    print(
-        f"{'':24} {'wall s':>7} {'CPU s':>7} {'ms/call':>8} {'x floor':>8} {'peak MiB':>9} {'KiB/call':>9} {'x floor':>8}"
-    )
-    for case, r in results.items():
-        print(
-            f"{case:24} {r['wall_seconds']:7.2f} {r['cpu_seconds']:7.2f} {r['cpu_ms_per_call']:8.2f} {r['cpu_ratio']:8.2f}"
-            f" {r['peak_mib']:9.0f} {r['kib_per_call']:9.1f} {r['memory_ratio']:8.2f}"
-        )
+    print(f"{'':24}" + "".join(f"{title:>13}" for title in columns))
+    for case, result in results.items():
+        print(f"{case:24}" + "".join(f"{result[name]:13.{digits}f}" for name, digits in columns.values()))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,10 @@ from presort.telemetry import logger
 
 if TYPE_CHECKING:
     from presort.config import Settings
+    from presort.display import Bill
     from presort.engine import Engine
     from presort.indexing.index import IndexJob, IndexResult, Progress
+    from presort.providers.base import Reply
 
 NOTHING_DONE = 2
 """Exit status: wrong usage, input or settings, no key; nothing was sent."""
@@ -361,8 +363,12 @@ def _greet(engine: Engine, job: IndexJob, *, emulate: bool) -> None:
     """See that the vendor answers, takes the key and knows the model, before anything is read or sent."""
     vendor = job.provider
     try:
-        headers = _look(engine, job, vendor.probe_path)
-        if (emulated.HEADER in headers) is not emulate:
+        reply = _look(engine, job, vendor.probe_path)
+        if not _is_json(reply.body):
+            raise ConfigurationError(
+                f"{job.base_url} answers, but not as {vendor.title}'s API does: check the base URL"
+            )
+        if (emulated.HEADER in reply.headers) is not emulate:
             raise ConfigurationError(
                 f"{job.base_url} is no emulator: leave out --emulate or --base-url"
                 if emulate
@@ -375,7 +381,7 @@ def _greet(engine: Engine, job: IndexJob, *, emulate: bool) -> None:
         ) from error
     except RefusedError as refusal:
         if vendor.classify(refusal) is Refusal.KEY:
-            what = "the emulated key" if emulate else f"the key in {vendor.key_variable}"
+            what = f"the key `{EMULATED_KEY}`" if emulate else f"the key in {vendor.key_variable}"
             raise MissingKeyError(
                 f"{vendor.title} rejected {what} (HTTP {refusal.status}): set a valid one"
             ) from refusal
@@ -388,17 +394,24 @@ def _greet(engine: Engine, job: IndexJob, *, emulate: bool) -> None:
         logger.info("the look at %s failed, going on: %s", job.base_url, error)
 
 
-def _look(engine: Engine, job: IndexJob, path: str) -> dict[str, str]:
-    """Ask for something harmless; return the headers of the answer."""
+def _look(engine: Engine, job: IndexJob, path: str) -> Reply:
+    """Ask for something harmless, twice if the answer gets lost."""
     from presort.engine import Link
 
     for tries in range(1, _LOOK_TRIES + 1):
         try:
-            return dict(engine.look(job.base_url, job.provider.name, path, Link(job.key)).headers)
+            return engine.look(job.base_url, job.provider.name, path, Link(job.key))
         except AnswerLostError:
             if tries == _LOOK_TRIES:
                 raise
     raise AssertionError
+
+
+def _is_json(body: bytes) -> bool:
+    try:
+        return isinstance(json.loads(body), dict)
+    except ValueError:
+        return False
 
 
 # While it runs ----------------------------------------------------------------------------------------------
@@ -426,7 +439,7 @@ def _run_index(engine: Engine, job: IndexJob, *, emulate: bool, as_json: bool) -
             stop.status if isinstance(stop, _Terminated) else INTERRUPTED,
         )
     except StoreError as error:
-        _fail(f"{error}. Nothing that was stored is lost: then run the same command again to resume", FAILED)
+        _fail(f"{error}. Nothing that was stored is lost: run the same command again after that to resume", FAILED)
     except (PresortError, OSError) as error:
         _fail(str(error), FAILED if progress.stream is not None else NOTHING_DONE)
 
@@ -483,14 +496,16 @@ def _watched(engine: Engine, progress: Progress, say: Callable[[str], None], *, 
 # What came of it --------------------------------------------------------------------------------------------
 
 
-def _compare(engine: Engine, bill: dict[str, Any]) -> tuple[str, str]:
-    """Return the emulated vendors' own invoice and presort's ledger, of everything ever emulated here."""
+def _compare(engine: Engine, invoice: dict[str, Any]) -> Bill:
+    """Hold presort's ledger against the emulated vendors' own invoice, of everything ever emulated here."""
+    from presort.display import Bill
     from presort.monitoring.receipt import make_receipt, usd_text
 
-    return str(bill["total_usd"]), usd_text(make_receipt(engine.totals()).paid_usd) or "unknown"
+    ledger = usd_text(make_receipt(engine.totals()).paid_usd) or "unknown"
+    return Bill(str(invoice["total_usd"]), ledger, under_way=bool(engine.jobs()[0]))
 
 
-def _show_result(result: IndexResult, job: IndexJob, bill: tuple[str, str] | None, *, emulate: bool) -> None:
+def _show_result(result: IndexResult, job: IndexJob, bill: Bill | None, *, emulate: bool) -> None:
     from rich.console import Console
 
     from presort.display import receipt_lines, result_lines
@@ -521,7 +536,7 @@ def _next_steps(console: Any, job: IndexJob) -> None:
         console.print(f"  {escape(command):<{width}}  {meaning}", soft_wrap=True)
 
 
-def _result_json(result: IndexResult, job: IndexJob, bill: tuple[str, str] | None, *, emulate: bool) -> dict[str, Any]:
+def _result_json(result: IndexResult, job: IndexJob, bill: Bill | None, *, emulate: bool) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "emulated": emulate,
         "output": str(result.output),
@@ -541,7 +556,7 @@ def _result_json(result: IndexResult, job: IndexJob, bill: tuple[str, str] | Non
         "receipt": result.receipt.as_json() if result.receipt is not None else None,
     }
     if bill is not None:
-        answer["emulated_invoice_usd"], answer["emulated_ledger_usd"] = bill
+        answer |= {"emulated_invoice_usd": bill.invoice_usd, "emulated_ledger_usd": bill.ledger_usd}
     return answer
 
 

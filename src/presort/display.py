@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from types import TracebackType
 from typing import Self
@@ -100,7 +101,8 @@ class Display:
             self._look(at_once=True)
             total = "?" if self._work.total is None else self._work.total
             seconds = time.monotonic() - started
-            self.say(f"{self._label}{self._work.settled}/{total}  {self._status}  {seconds:.0f} s")
+            status = " ".join(self._status.split("\n"))
+            self.say(f"{self._label}{self._work.settled}/{total}  {status}  {duration(seconds)}")
 
     def _look(self, *, at_once: bool) -> None:
         """Read anew how things stand, unless that was a moment ago."""
@@ -171,12 +173,22 @@ def result_lines(result: IndexResult, vendor: str, *, emulate: bool) -> Iterator
         yield f"  skipped: {escape(', '.join(skipped))}"
 
 
-def receipt_lines(result: IndexResult, bill: tuple[str, str] | None, *, emulate: bool) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """What the emulated vendors would bill and what presort's ledger says, in USD, of everything emulated so far."""
+
+    invoice_usd: str
+    ledger_usd: str
+    under_way: bool
+    """Whether other work goes on, which the ledger cannot know the price of yet."""
+
+
+def receipt_lines(result: IndexResult, bill: Bill | None, *, emulate: bool) -> Iterator[str]:
     """Draw the receipt in markup: documents, tokens by class for each model and route, then the money.
 
     Args:
         result: What became of the documents.
-        bill: The emulated vendors' invoice and presort's ledger of the same, in USD.
+        bill: What the emulated vendors would bill, if this was emulated.
         emulate: Whether all of this was emulated.
     """
     receipt = result.receipt
@@ -194,9 +206,8 @@ def receipt_lines(result: IndexResult, bill: tuple[str, str] | None, *, emulate:
             rows.append(("  paid", dollars(None if line.unknown else line.actual_usd)))
     rows += [None, *_money(receipt)]
     if bill is not None:
-        invoice, ledger = bill
-        rows += [None, ("EMULATED invoice, all runs so far", f"${invoice}")]
-        rows.append(("presort's ledger of the same", f"${ledger}"))
+        rows += [None, ("EMULATED invoice, all runs so far", f"${bill.invoice_usd}")]
+        rows.append(("presort's ledger of the same", f"${bill.ledger_usd}"))
     left = max(len(row[0]) for row in rows if row)
     right = max(len(row[1]) for row in rows if row)
     rule = "─" * (left + 2 + right)
@@ -206,6 +217,12 @@ def receipt_lines(result: IndexResult, bill: tuple[str, str] | None, *, emulate:
         text = "" if row is None else escape(f"{row[0]:<{left}}  {row[1]:>{right}}")
         yield f"[bold green]{text}[/bold green]" if row and row[0] == "saved" else text
     yield rule
+    if bill is not None and bill.invoice_usd != bill.ledger_usd:
+        yield (
+            "The two differ: other work is under way."
+            if bill.under_way
+            else "[red]The two differ: that is a bug.[/red]"
+        )
 
 
 def _money(receipt: Receipt) -> Iterator[tuple[str, str]]:
@@ -252,7 +269,8 @@ def job_lines(jobs: Sequence[JobView], queues: Sequence[QueueView], now: float) 
             if job.due_at > now:
                 facts.append(f"next look in {duration(job.due_at - now)}")
             if view.leader:
-                facts.append(f"worked on by {escape(view.leader)}")
+                host, _, pid = view.leader.rpartition(":")
+                facts.append(f"worked on by process {pid} on {escape(host.partition('/')[0])}")
         yield f"          {', '.join(facts)}"
         if job.note and not done:
             yield f"          [yellow]{escape(job.note)}[/yellow]"

@@ -54,10 +54,11 @@ def ensure(where: Path, *, batch_seconds: float | None = None) -> str:
         with _alone(where / "emulator.lock"):
             port = _remembered_port(remembered)
             if port is None or not _answers(port, state):
-                before, port = port, _start(state, port or 0, batch_seconds, log)
-                if port is None:
-                    raise PresortError(_failure(where, before, log))
-                remembered.write_text(json.dumps({"port": port}), encoding="utf-8")
+                started = _start(state, port or 0, batch_seconds, log)
+                if started is None:
+                    raise PresortError(_failure(where, port, log))
+                remembered.write_text(json.dumps(started), encoding="utf-8")
+                port = started["port"]
     except OSError as error:
         raise PresortError(f"the emulator cannot keep its files in `{where}`: {error.strerror or error}") from error
     return f"http://127.0.0.1:{port}"
@@ -115,8 +116,8 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _start(state: Path, port: int, batch_seconds: float | None, log: Path) -> int | None:
-    """Start the process; return its port once it answers, `None` if it did not come up."""
+def _start(state: Path, port: int, batch_seconds: float | None, log: Path) -> dict[str, int] | None:
+    """Start the process; return its port and pid once it answers, `None` if it did not come up."""
     command = [sys.executable, "-m", "presort.emulator", "--state", str(state), "--port", str(port)]
     command += ["--idle-exit-seconds", str(IDLE_SECONDS)]
     if batch_seconds is not None:
@@ -138,7 +139,7 @@ def _start(state: Path, port: int, batch_seconds: float | None, log: Path) -> in
         if address is not None:
             found = int(address.rpartition(":")[2])
             if _answers(found, state):
-                return found
+                return {"port": found, "pid": process.pid}
         time.sleep(0.05)
     process.kill()
     process.wait()

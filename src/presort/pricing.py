@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from presort.request import Route, Usage
+from presort.telemetry import warn
 
 if TYPE_CHECKING:
     from genai_prices.types import ModelInfo, ModelPrice
@@ -43,13 +44,17 @@ def cost(provider: str, base_url: str, model: str, usage: Usage | None, route: R
     """
     if usage is None:
         return Cost(None, None)
-    found = _prices(provider, _reseller(base_url), model, int(at // 3600))
-    if found is None:
+    try:
+        found = _prices(provider, _reseller(base_url), model, int(at // 3600))
+        if found is None:
+            return Cost(None, None)
+        standard, batch = found
+        baseline = Usage(input_tokens=usage.total_input_tokens, output_tokens=usage.output_tokens)
+        rates = batch if route is Route.BATCH else standard
+        return Cost(_total(standard, baseline), _total(rates, usage) if rates is not None else None)
+    except Exception as error:  # noqa: BLE001 - an answer must never be lost because its price cannot be told
+        warn("pricing", f"the price of `{model}` cannot be told: {type(error).__name__}: {error}")
         return Cost(None, None)
-    standard, batch = found
-    baseline = Usage(input_tokens=usage.total_input_tokens, output_tokens=usage.output_tokens)
-    rates = batch if route is Route.BATCH else standard
-    return Cost(_total(standard, baseline), _total(rates, usage) if rates is not None else None)
 
 
 def _reseller(base_url: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import os
@@ -147,9 +148,17 @@ def _at_exit() -> None:
     global _engine, _exiting  # noqa: PLW0603
     _exiting = True
     running, _engine = _engine, None
-    if running is not None:
-        # a thread that still waits ends as the interpreter does: without a word
-        running.close(error=SystemExit)
+    if running is None:
+        return
+    # a thread that still waits ends as the interpreter does: without a word. One with a loop is to see its tasks
+    # cancelled; only the name of that is not among those that threads may end with in silence.
+    loud = threading.excepthook
+    threading.excepthook = lambda args: None if args.exc_type is _Exiting else loud(args)
+    running.close(error=SystemExit, in_loops=_Exiting)
+
+
+class _Exiting(asyncio.CancelledError):
+    """What parked calls on event loops get when the interpreter ends."""
 
 
 def _before_fork() -> None:

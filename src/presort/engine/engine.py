@@ -24,7 +24,7 @@ from presort.engine.worker import Worker
 from presort.errors import ClosedError, DeadlockError, EngineError
 from presort.pricing import cost
 from presort.providers import provider
-from presort.providers.base import Reply
+from presort.providers.base import AnswerLostError, Reply
 from presort.request import BatchKey, Outcome, Payload, Route, Usage, custom_id
 from presort.store import Store
 from presort.store.base import JobView, LedgerRow, LedgerTotal, QueueView, Spend
@@ -33,6 +33,7 @@ from presort.telemetry import logger, warn
 T = TypeVar("T")
 
 _CLOSE_SECONDS = 1.5
+_LOOK_SECONDS = 15.0
 _STILL_SECONDS = 5.0
 
 
@@ -48,7 +49,7 @@ class Engine:
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._closed = False
-        self._futures: set[Future[Outcome]] = set()
+        self._futures: set[_Parked] = set()
         self.streams: set[Stream] = set()
         self._lock = threading.Lock()
         self._gone: Future[None] = Future()
@@ -87,7 +88,7 @@ class Engine:
         Raises:
             ClosedError: The engine was closed.
         """
-        future: Future[Outcome] = _Parked(self)
+        future = _Parked(self)
 
         def settled(request_id: str, outcome: Outcome) -> None:
             with self._lock:
@@ -206,7 +207,11 @@ class Engine:
             self.core.keyring.remember(key, link)
             channel = await self.core.keyring.channel(key)
             assert channel is not None  # noqa: S101 - it was remembered just now
-            return await channel.send("GET", path, headers=dict(provider(provider_name).standing_headers))
+            try:
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    return await channel.send("GET", path, headers=dict(provider(provider_name).standing_headers))
+            except TimeoutError as error:
+                raise AnswerLostError(f"no answer in {_LOOK_SECONDS:.0f} s") from error
 
         return self.call(ask())
 
@@ -236,8 +241,18 @@ class Engine:
         """Whether anybody in this process waits for an outcome."""
         return not self._closed and (bool(self._futures) or bool(self.streams))
 
-    def close(self, *, error: Callable[[], BaseException] = lambda: ClosedError("presort was closed")) -> None:
-        """Stop. Work in flight stays in the store for the next process; callers that still wait get `error`."""
+    def close(
+        self,
+        *,
+        error: Callable[[], BaseException] = lambda: ClosedError("presort was closed"),
+        in_loops: Callable[[], BaseException] | None = None,
+    ) -> None:
+        """Stop. Work in flight stays in the store for the next process.
+
+        Args:
+            error: What callers get that still wait.
+            in_loops: What those of them get that wait on an event loop, if not the same.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -248,7 +263,7 @@ class Engine:
             stream.fail(error())
         for future in futures:
             if future.set_running_or_notify_cancel():
-                future.set_exception(error())
+                future.set_exception(in_loops() if in_loops is not None and future.in_loop else error())
         self._gone.set_exception(error())
         if threading.current_thread() is not self._thread and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
@@ -415,6 +430,12 @@ class _Parked(Future[Outcome]):
         super().__init__()
         self._engine = engine
         self._pid = os.getpid()
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            self.in_loop = False
+        else:
+            self.in_loop = True
 
     def result(self, timeout: float | None = None) -> Outcome:
         self._check()

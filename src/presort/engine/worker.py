@@ -13,6 +13,7 @@ from presort.engine.failpoints import reach
 from presort.engine.poller import Poller
 from presort.engine.settler import Settler
 from presort.engine.submitter import Submitter
+from presort.errors import StoreError
 from presort.job import JobState
 from presort.store.base import ClaimedJob
 from presort.telemetry import warn
@@ -119,7 +120,8 @@ class Worker:
             else:
                 await self._poller.work(claimed)
         except Exception as error:  # noqa: BLE001 - whatever it is, the job stays and is tried again
-            warn(f"job:{job.id}", f"job {job.id} ran into {error!r}; trying again")
+            cause = "store" if isinstance(error, StoreError) else f"job:{job.id}"
+            warn(cause, f"job {job.id} ran into {error!r}; trying again")
             changes = {
                 "due_at": core.clock() + backoff(job.failures),
                 "failures": job.failures + 1,

@@ -96,7 +96,8 @@ class Classification(_Answer):
     sentiment: Literal["Positive", "Neutral", "Negative"]
     confidence_score: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
     """How sure the model is of departments and category, from 0 to 1."""
-    topics: Annotated[list[_Name], Field(min_length=3, max_length=6)]
+    topics: Annotated[list[_Name], Field(min_length=1, max_length=6)]
+    """Most important first. Three are asked for; a document of few words may yield fewer."""
     summary: _Name
 
 
