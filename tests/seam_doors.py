@@ -73,7 +73,7 @@ def http_client(lib: ModuleType, settings: dict[str, Any], wrapped: bool, asynch
 
 def closing(client: Any) -> Callable[[], Any]:
     """Return what closes an HTTP client."""
-    return client.aclose if hasattr(client, "aclose") else client.close
+    return getattr(client, "aclose", None) or client.close
 
 
 @cache

@@ -46,9 +46,7 @@ class Heard:
 Answers = Callable[[Heard], "bytes | Iterable[bytes]"]
 
 
-def reply(
-    body: bytes = b"", status: int = 200, *headers: str, reason: str = "OK", length: int | None = None
-) -> bytes:
+def reply(body: bytes = b"", status: int = 200, *headers: str, reason: str = "OK", length: int | None = None) -> bytes:
     """Write a whole response of known length."""
     size = len(body) if length is None else length
     lines = [f"HTTP/1.1 {status} {reason}", *headers, f"Content-Length: {size}", "", ""]

@@ -401,6 +401,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 def test_forks_while_calls_are_under_way(emulator, tmp_path):
     """Forks at any moment harm neither the parent's calls nor its store, and no child hangs."""
     source = """
+ask("first")
 done = []
 threads = [threading.Thread(target=lambda n=n: done.extend(ask(f"{n}.{m}") for m in range(3))) for n in range(4)]
 for thread in threads:
@@ -417,7 +418,7 @@ while any(thread.is_alive() for thread in threads):
 say(done=len(done), forked=forks > 5)
 """
     assert [{"done": 12, "forked": True}] == run(emulator, tmp_path, source)
-    assert [RequestState.SETTLED] * 12 == [row["state"] for row in rows(tmp_path)]
+    assert [RequestState.SETTLED] * 13 == [row["state"] for row in rows(tmp_path)]
 
 
 @needs_fork

@@ -68,13 +68,19 @@ class Lease:
         self._name = id(original)
         _originals[self._name] = original
         self._asynchronous = asynchronous
+        self._alone: bool | None = None
         self.opened = _is(original, "OPENED")
         """Whether the original's transports had been in use before it was copied."""
 
     def let_go(self) -> bool:
         """Release the original; return whether its connections are now the copy's to close."""
+        if self._alone is None:
+            self._alone = self._look()
+        return self._alone
+
+    def _look(self) -> bool:
         original, self._original = self._original, None
-        if original is not None and self._asynchronous and not original.is_closed:
+        if self._asynchronous and original is not None and not original.is_closed:
             # an SDK's asynchronous client that dies open closes its connections in a task of its own, later;
             # one that says it is closed leaves them to us. It belongs to this loop: nobody looks meanwhile.
             before, original._state = original._state, type(original._state).CLOSED  # noqa: SLF001
@@ -199,11 +205,10 @@ class _Borrowed(httpx2.AsyncBaseTransport):
         self._synchronous = loop is None and hasattr(inner, "handle_request")
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        sent = [pair for pair in request.headers.raw if pair[0].lower() != b"transfer-encoding"]
         theirs = self._lib.Request(
             request.method,
             str(request.url),
-            headers=sent,
+            headers=request.headers.raw,
             content=await request.aread(),
             extensions=request.extensions,
         )

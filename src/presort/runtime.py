@@ -124,7 +124,7 @@ def drain(timeout_seconds: float | None = None) -> bool:
 
 def close() -> None:
     """Stop the engine. Work in flight stays in the store; the next process goes on with it."""
-    global _engine  # noqa: PLW0603
+    global _engine
     with _lock:
         running, _engine = _engine, None
     if running is not None:
@@ -192,6 +192,4 @@ def _register(hook: Callable[[], None]) -> None:
 
 _register(_at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -9,6 +9,7 @@ import gc
 import gzip
 import importlib
 import json
+import os
 import signal
 import socket
 import ssl
@@ -25,9 +26,14 @@ from typing import Any
 import httpx
 import httpx2
 import pytest
-import seam_doors
 import trustme
+
+import presort
+import seam_doors
 from emulator_server import EmulatorServer
+from presort import api, network, runtime, seam, telemetry
+from presort.errors import ConfigurationError, InputError, MissingKeyError, StoreError
+from presort.request import Outcome, OutcomeKind, Payload, Route, Usage
 from seam_doors import DOORS, KEYS, QUESTION, Door, Session, closing, each, settle
 from seam_servers import (
     TEXT,
@@ -35,7 +41,6 @@ from seam_servers import (
     Proxy,
     Server,
     answer,
-    anthropic_events,
     chunked,
     json_reply,
     reply,
@@ -43,11 +48,6 @@ from seam_servers import (
     stream_type,
     vendors,
 )
-
-import presort
-from presort import api, network, runtime, seam, telemetry
-from presort.errors import ClosedError, ConfigurationError, InputError, MissingKeyError, StoreError
-from presort.request import Outcome, OutcomeKind, Payload, Route, Usage
 
 pytestmark = pytest.mark.anyio
 
@@ -266,6 +266,15 @@ async def post(client: Any, url: str, **changes: Any) -> Any:
     return await settle(client.post(f"{url}/v1/messages", **{"json": CALL, "headers": HEADERS, **changes}))
 
 
+async def until(happened: Callable[[], Any]) -> None:
+    """Wait for something, ten seconds at most."""
+    for _ in range(1000):
+        if happened():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("it did not happen")
+
+
 def door_library(door: Door) -> ModuleType:
     """Return the HTTP library that a door speaks."""
     sdk = {"Chat": door.name.removeprefix("Chat").lower()}.get(door.name[:4], door.name)
@@ -313,9 +322,7 @@ async def test_every_door_keeps_its_proxy_and_certificates(
 
 @THROUGH
 @BOTH_WAYS
-async def test_every_door_streams_piece_by_piece(
-    door: Door, asynchronous: bool, origin: Server, engine: FakeEngine
-):
+async def test_every_door_streams_piece_by_piece(door: Door, asynchronous: bool, origin: Server, engine: FakeEngine):
     """The first piece of a stream arrives before the vendor has sent the last, and its usage is booked at the end."""
     first_arrived = threading.Event()
     waited: list[bool] = []
@@ -613,8 +620,7 @@ async def test_a_cancelled_call_hangs_up(kind: Kind, origin: Server):
     client = presort.transport(kind.client())
     async with closed_after(client):
         task = asyncio.create_task(post(client, origin.url))
-        while not origin.heard:
-            await asyncio.sleep(0.01)
+        await until(lambda: origin.heard)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -711,15 +717,25 @@ async def test_a_closed_client_stays_closed(kind: Kind, engine: FakeEngine):
 @EVERY_KIND
 async def test_closing_the_copy_cuts_nothing_off(kind: Kind, origin: Server):
     """An answer that the original is in the middle of is read to its end after the copy was closed."""
+    copy_closed = threading.Event()
+
+    def halting(_: Heard) -> Iterator[bytes]:
+        whole = json_reply(answer("/v1/messages", CALL))
+        yield whole[:-9]
+        copy_closed.wait(10)
+        yield whole[-9:]
+
     bare = kind.client()
     wrapped = presort.transport(bare)
     async with closed_after(bare):
         await post(wrapped, origin.url)
+        origin.answers = halting
         request = bare.build_request("POST", f"{origin.url}/v1/messages", json=CALL, headers=HEADERS)
         response = await settle(bare.send(request, stream=True))
         await settle(closing(wrapped)())
+        copy_closed.set()
         await settle(response.aread() if kind.asynchronous else response.read())
-        assert response.json()["content"][0]["text"] == TEXT
+    assert response.json()["content"][0]["text"] == TEXT
 
 
 @EVERY_KIND
@@ -779,6 +795,33 @@ async def test_the_copy_may_be_collected(kind: Kind, origin: Server):
         await asyncio.sleep(0)
         await post(bare, origin.url)
     assert origin.heard[0].connection == origin.heard[1].connection
+
+
+@BOTH_WAYS
+async def test_an_sdks_copy_may_be_collected_in_a_cycle(asynchronous: bool, origin: Server):
+    """A wrapped SDK client that only the garbage collector finds cuts off nothing that its original is reading."""
+    pytest.importorskip("anthropic")
+    collected = threading.Event()
+
+    def halting(_: Heard) -> Iterator[bytes]:
+        whole = json_reply(answer("/v1/messages", CALL))
+        yield whole[:-9]
+        collected.wait(10)
+        yield whole[-9:]
+
+    origin.answers = halting
+    original = seam_doors.anthropic_client(origin.url, None, asynchronous)
+    copied = presort.wrap(original)
+    copied._client.itself = copied._client
+    async with closed_after(original):
+        request = original._client.build_request("POST", f"{origin.url}/v1/messages", json=CALL, headers=HEADERS)
+        response = await settle(original._client.send(request, stream=True))
+        del copied
+        gc.collect()
+        await asyncio.sleep(0.01)
+        collected.set()
+        await settle(response.aread() if asynchronous else response.read())
+    assert response.json()["content"][0]["text"] == TEXT
 
 
 @EVERY_KIND
@@ -1038,8 +1081,7 @@ async def test_a_cancelled_caller_withdraws_its_call(kind: Kind, engine: FakeEng
     async with closed_after(client):
         with presort.batch():
             task = asyncio.create_task(post(client, "http://x.test"))
-        while not engine.parked:
-            await asyncio.sleep(0.01)
+        await until(lambda: engine.parked)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -1301,10 +1343,9 @@ async def test_a_loop_that_ends_in_between_leaves_all_open(kind: Kind, monkeypat
     with other as loop:
         call = asyncio.create_task(through_sibling(kind.custom(handle), "http://x.test", loop))
         await asyncio.to_thread(began.wait, 5)
-        stopping = asyncio.to_thread(other.__exit__)
-        await stopping
+        await asyncio.to_thread(other.__exit__)
         with pytest.raises(httpx2.ReadError, match="event loop"):
-            await call
+            await asyncio.wait_for(call, 10)
 
 
 # -- private attributes we live by -------------------------------------------------------------------------------
@@ -1313,12 +1354,15 @@ POOL_FIELDS = (
     "ssl_context max_connections max_keepalive_connections keepalive_expiry http1 http2 socket_options retries "
     "local_address uds network_backend"
 ).split()
-PROXY_FIELDS = {"http://p:1": ("proxy_url", "proxy_headers", "proxy_ssl_context"), "socks5://p:1": ("proxy_url", "proxy_auth")}
+PROXY_FIELDS = {
+    "http://p:1": ("proxy_url", "proxy_headers", "proxy_ssl_context"),
+    "socks5://p:1": ("proxy_url", "proxy_auth"),
+}
 
 
 @EVERY_KIND
 def test_a_client_keeps_its_transports_where_we_look(kind: Kind):
-    """httpx and httpx2 keep `_transport`, `_mounts` and `_state` in a client: `network.copied_client` lives by them."""
+    """Httpx and httpx2 keep `_transport`, `_mounts` and `_state` in a client: `network.copied_client` lives by them."""
     client = kind.client(mounts={"all://x.test": None})
     missing = {"_transport", "_mounts", "_state"} - vars(client).keys()
     assert missing == set(), f"{kind.lib.__name__} {kind.lib.__version__} has moved {missing}"
@@ -1329,7 +1373,7 @@ def test_a_client_keeps_its_transports_where_we_look(kind: Kind):
 @EVERY_KIND
 @pytest.mark.parametrize("proxy_url", [None, "http://p:1", "socks5://p:1"])
 def test_a_pool_keeps_its_settings_where_we_look(kind: Kind, proxy_url: str | None):
-    """httpcore keeps every setting of a pool in the attributes that `network.sibling` reads."""
+    """Httpcore keeps every setting of a pool in the attributes that `network.sibling` reads."""
     if proxy_url and proxy_url.startswith("socks"):
         pytest.importorskip("socksio")
     pool = kind.network(proxy=proxy_url)._pool
@@ -1412,7 +1456,7 @@ def test_wrapping_a_google_client_says_how_to(engine: FakeEngine):
     """`presort.wrap` of a google-genai client names the option that takes wrapped HTTP clients."""
     genai = pytest.importorskip("google.genai")
     client = genai.Client(api_key="x", vertexai=False)
-    with pytest.raises(TypeError, match="httpx_client=presort.transport"):
+    with pytest.raises(TypeError, match=r"httpx_client=presort\.transport"):
         presort.wrap(client)
     client.close()
 
@@ -1434,9 +1478,10 @@ def test_what_cannot_be_wrapped_is_refused():
 
 def test_wrapping_imports_no_sdk():
     """Wrapping an HTTP client loads neither an SDK nor LangChain nor the other HTTP library."""
+    others = ("anthropic", "openai", "google.genai", "ollama", "langchain_core", "httpx")
     code = (
         "import sys, httpx2, presort; presort.wrap(httpx2.Client()); "
-        "print([n for n in ('anthropic', 'openai', 'google.genai', 'ollama', 'langchain_core', 'httpx') if n in sys.modules])"
+        f"print([name for name in {others} if name in sys.modules])"
     )
     source = str(Path(presort.__file__).parent.parent)
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": source})
@@ -1523,9 +1568,7 @@ def totals(rows: int) -> list[Any]:
 
 @VENDORS
 @BOTH_WAYS
-async def test_an_errored_row_is_the_sdks_own_exception(
-    vendor: Vendor, asynchronous: bool, emulator: EmulatorServer
-):
+async def test_an_errored_row_is_the_sdks_own_exception(vendor: Vendor, asynchronous: bool, emulator: EmulatorServer):
     """A row that the vendor refuses raises the SDK's exception for it, and is not asked a second time."""
     emulator.fault("row_error", index=0, status=400, error_type="invalid_request_error", message="no such thing")
     before = len(emulator.asked())
@@ -1562,7 +1605,9 @@ async def test_the_engine_goes_through_the_clients_proxy(asynchronous: bool, emu
 def payloads(emulator: EmulatorServer, *questions: str) -> list[Payload]:
     """Make one payload per question."""
     return [
-        api.payload("anthropic", {**CALL, "messages": [{"role": "user", "content": text}]}, base_url=emulator.url, key="k")
+        api.payload(
+            "anthropic", {**CALL, "messages": [{"role": "user", "content": text}]}, base_url=emulator.url, key="k"
+        )
         for text in questions
     ]
 
@@ -1653,16 +1698,15 @@ def test_what_a_dead_process_submitted_is_sent_by_the_next(
     )
     before = len(emulator.asked())
     source = str(Path(presort.__file__).parent.parent)
-    environment = {**dict(importlib.import_module("os").environ), "PYTHONPATH": source}
+    environment = {**os.environ, "PYTHONPATH": source}
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert child.stdout == "1\n", child.stderr
     monkeypatch.setenv("PRESORT_BATCHING__FLUSH_SECONDS", "0.05")
     presort.configure()
     runtime.engine()
-    for _ in range(1000):
-        if len(emulator.asked()) > before:
-            break
-        time.sleep(0.01)
+    give_up_at = time.monotonic() + 20
+    while len(emulator.asked()) == before and time.monotonic() < give_up_at:
+        time.sleep(0.02)
     made = [api.payload("anthropic", body, base_url=emulator.url)]
     assert texts(presort.stream(made, run="d")) == said("five")
     assert len(emulator.asked()) == before + 1

@@ -51,6 +51,7 @@ from presort.store.base import (
     Settlement,
     Spend,
 )
+from presort.store.database import _SCHEMA_LOCK
 from presort.store.schema import REVISION, VERSION_TABLE, metadata
 
 KEY = BatchKey("anthropic", "https://api.anthropic.com", "acme", "/v1/messages", "claude", (("beta", "ü"),))
@@ -224,6 +225,20 @@ def racing(*steps: Callable[[], Any]) -> list[Any]:
         return list(pool.map(run, steps))
 
 
+def blocked(url: str, step: Callable[[], Any], *, by: str) -> Any:
+    """Run a step against what another PostgreSQL session does, which commits once the step waits for it."""
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with ThreadPoolExecutor(1) as pool, engine.connect() as holder, engine.connect() as watcher:
+        with holder.begin():
+            holder.exec_driver_sql(by)
+            result = pool.submit(step)
+            while not watcher.exec_driver_sql(waiting).scalar():
+                assert not result.done(), "nothing was waited for"
+                watcher.rollback()
+        return result.result(10)
+
+
 def python(program: str, *arguments: str) -> subprocess.Popen[str]:
     """Start another process that can import presort and this module."""
     source = str(Path(presort.__file__).parent.parent)
@@ -262,6 +277,17 @@ def test_first_start_is_raced(unmade_url: str) -> None:
         process.communicate()
     store = Store.open(unmade_url)
     assert ["0", "1"] == [owner for owner, _, _ in store.owners(1)]
+    store.close()
+
+
+@pytest.mark.parametrize("unmade_url", ["postgres"], indirect=True)
+def test_schema_is_made_by_one_at_a_time(unmade_url: str) -> None:
+    """Who opens a PostgreSQL store while another makes its schema waits for that."""
+    lock = f"SELECT pg_advisory_xact_lock({_SCHEMA_LOCK})"
+
+    store = blocked(unmade_url, lambda: Store.open(unmade_url), by=lock)
+
+    assert [] == store.owners(0)
     store.close()
 
 
@@ -623,6 +649,17 @@ def test_withdrawing_a_shared_request_gives_it_up(store: Store) -> None:
     assert [mine.id] == store.withdraw([shared.id, mine.id])
     assert [shared.id] == [request.id for request, _, _ in store.adopt("you", 2, 10)]
     assert [shared.id] == store.withdraw([shared.id])
+
+
+@pytest.mark.parametrize("url", ["postgres"], indirect=True)
+def test_request_taken_over_meanwhile(store: Store, url: str) -> None:
+    """A request that a process which has just joined takes over at the same moment is not taken from it."""
+    (left,) = admit(store, new(), owner="dead")
+    taken = "INSERT INTO presort_owners VALUES ('late', 'h', 1, 1e9);UPDATE presort_requests SET owner = 'late'"
+
+    (asked,) = blocked(url, lambda: admit(store, new()), by=taken)
+
+    assert left.id != asked.id
 
 
 # -- before a job --------------------------------------------------------------------------------------------

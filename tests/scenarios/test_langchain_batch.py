@@ -393,7 +393,13 @@ async def test_a_failing_row_is_returned_in_its_place(emulator: EmulatorServer, 
         answers = await asyncio.to_thread(model.batch, names, return_exceptions=True)
     else:
         answers = await asyncio.wait_for(model.abatch(names, return_exceptions=True), PATIENCE_SECONDS)
-    assert [False, True, False] == [isinstance(answer, bad_request(vendor)) for answer in answers]
+    failed = [isinstance(answer, bad_request(vendor)) for answer in answers]
+    assert 1 == sum(failed)
+    assert [True, True] == [
+        f"Greet {number}." in answer.content
+        for number, (answer, bad) in enumerate(zip(answers, failed, strict=True))
+        if not bad
+    ]
     assert ([3], 0) == (sizes(emulator), calls(emulator))
 
 
@@ -423,7 +429,8 @@ async def test_a_fallback_model_batches_what_failed(emulator: EmulatorServer) ->
     model = wrapped(emulator, "openai").with_fallbacks([wrapped(emulator, "anthropic")])
     emulator.fault("row_error", index=[0, 2], status=400, vendor="openai")
     answers = await asyncio.wait_for(model.abatch(prompts(3)), PATIENCE_SECONDS)
-    assert ["anthropic", "openai", "anthropic"] == [a.response_metadata["model_provider"] for a in answers]
+    assert Counter(anthropic=2, openai=1) == Counter(answer.response_metadata["model_provider"] for answer in answers)
+    assert [True] * 3 == [prompt in answer.content for prompt, answer in zip(prompts(3), answers, strict=True)]
     assert ([3, 2], 0) == (sizes(emulator), calls(emulator))
 
 
@@ -569,7 +576,23 @@ def test_synchronous_batches_use_the_synchronous_client(
     assert ["/v1/chat/completions"] * 6 == heard
 
 
-def test_a_thread_can_be_interrupted(emulator: EmulatorServer) -> None:
+def test_a_generate_of_ones_own_is_not_passed_by(emulator: EmulatorServer, caplog: pytest.LogCaptureFixture) -> None:
+    """`batch` of a class that overrides `_generate` alone calls it, by the standard route, and says why."""
+
+    class Shouts(ChatOpenAI):
+        def _generate(self, *args: Any, **kwargs: Any) -> Any:
+            result = super()._generate(*args, **kwargs)
+            result.generations[0].message.content += "!"
+            return result
+
+    model = OptimizedLLMWrapper(Shouts(model="gpt-5.4-mini", api_key="k", base_url=f"{emulator.url}/v1"))
+    with caplog.at_level(logging.WARNING, "presort"):
+        assert [True, True] == [answer.content.endswith("!") for answer in model.batch(prompts(2))]
+    assert ([], 2) == (sizes(emulator), calls(emulator))
+    assert ["does not batch" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_closing_presort_ends_a_synchronous_batch(emulator: EmulatorServer) -> None:
     """Closing presort while a synchronous batch waits ends it with presort's own error."""
     emulator.fault("slow_batch", seconds=3600)
     model, raised = wrapped(emulator, "openai"), []

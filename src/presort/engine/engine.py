@@ -323,11 +323,15 @@ class Engine:
         """
         try:
             self.check_may_block()
+            if self._gone.done():
+                self._gone.result()
             self.check_open()
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        except RuntimeError as error:
+        except BaseException as error:
             work.close()
-            raise error if isinstance(error, EngineError) else ClosedError("presort was closed") from None
+            if isinstance(error, RuntimeError) and not isinstance(error, EngineError):
+                raise ClosedError("presort was closed") from None
+            raise
         try:
             either: tuple[Future[Any], ...] = (future, self._gone)
             concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)

@@ -14,7 +14,7 @@ import os
 import secrets
 import ssl
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,7 +192,7 @@ class Keyring:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    key: str
+    key: str = field(repr=False)
     transport: TransportFactory | None = None
     certain: bool = False
 

@@ -209,7 +209,7 @@ class _Optimized(_Base):
     ) -> list[Any]:
         """Make the calls as one group, by the batch route where their vendor and the configuration allow."""
         wish = self._wish_for_many(len(inputs))
-        if wish is None or not clients.has_synchronous_client(self, self.presort_family):
+        if wish is None or not self._can_run_beside("batch"):
             return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
 
         async def work() -> list[Any]:
@@ -236,7 +236,7 @@ class _Optimized(_Base):
     ) -> Iterator[tuple[int, Any]]:
         """Make calls and yield (position, result) as they come; by the batch route under `presort.batch()` only."""
         wish = self._wish_as_completed("batch_as_completed", len(inputs))
-        if wish is None or not clients.has_synchronous_client(self, self.presort_family):
+        if wish is None or not self._can_run_beside("batch_as_completed"):
             yield from super().batch_as_completed(  # type: ignore[call-overload]
                 inputs, config, return_exceptions=return_exceptions, **kwargs
             )
@@ -259,6 +259,22 @@ class _Optimized(_Base):
                 f"`{method}` takes the standard route; under `with presort.batch():` it takes the batch route",
             )
         return None
+
+    def _can_run_beside(self, method: str) -> bool:
+        """Whether the synchronous calls may be made by the asynchronous path, without a difference to the caller."""
+        order = self.presort_base.__mro__
+        sync, asynchronous = (
+            next(place for place, cls in enumerate(order) if name in cls.__dict__)
+            for name in ("_generate", "_agenerate")
+        )
+        if sync < asynchronous:
+            warn(
+                f"langchain:{self.presort_base.__qualname__}",
+                f"`{method}` of {self.presort_base.__qualname__} does not batch: the class has a `_generate` of its own "
+                "and no `_agenerate`",
+            )
+            return False
+        return clients.has_synchronous_client(self, self.presort_family)
 
     def _spread(
         self, wish: Wish, inputs: Any, config: Any, /, *, return_exceptions: bool, **kwargs: Any
