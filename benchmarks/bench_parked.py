@@ -191,10 +191,10 @@ def main() -> None:
         "wall s": ("wall_seconds", 2),
         "CPU s": ("cpu_seconds", 2),
         "CPU ms/call": ("cpu_ms_per_call", 2),
-        "x floor": ("cpu_ratio", 2),
+        "CPU x floor": ("cpu_ratio", 2),
         "peak MiB": ("peak_mib", 0),
         "KiB/call": ("kib_per_call", 1),
-        "x  floor": ("memory_ratio", 2),
+        "mem x floor": ("memory_ratio", 2),
     }
     print(f"{options.calls} parked calls, a batch of {BATCH_SECONDS} s")
     print(f"{'':24}" + "".join(f"{title:>13}" for title in columns))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
@@ -16,22 +17,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from emulator_server import EmulatorServer
-
 import presort
+from emulator_server import EmulatorServer
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 WORDS = (
-    "account agreement archive audit backup balance board branch budget cable carrier claim clause client committee "
-    "compressor contract course customs database deadline delivery department deposit design discount employee engine "
-    "estimate evidence failure filter finance forecast freight guideline harbour heating holiday hygiene incident index "
-    "insurance interest inventory invoice kitchen ladder laser lease ledger library licence loading maintenance margin "
-    "meeting membrane minutes mortgage network notice nurse office order packaging parcel patent payment pension permit "
-    "pipeline plaintiff platform policy premium privacy procedure project protocol pump purchase quarter receipt refund "
-    "region release rental repair report reserve resolution salary sample schedule school security server shift signal "
-    "software storage supplier survey tariff tax tender terminal timber training transfer turbine update vaccine valve "
-    "vendor vessel visa volunteer wage warehouse warranty water window workshop"
+    "account agreement archive audit backup balance board branch budget cable carrier claim clause client "
+    "committee compressor contract course customs database deadline delivery department deposit design discount "
+    "employee engine estimate evidence failure filter finance forecast freight guideline harbour heating holiday "
+    "hygiene incident index insurance interest inventory invoice kitchen ladder laser lease ledger library "
+    "licence loading maintenance margin meeting membrane minutes mortgage network notice nurse office order "
+    "packaging parcel patent payment pension permit pipeline plaintiff platform policy premium privacy procedure "
+    "project protocol pump purchase quarter receipt refund region release rental repair report reserve resolution "
+    "salary sample schedule school security server shift signal software storage supplier survey tariff tax "
+    "tender terminal timber training transfer turbine update vaccine valve vendor vessel visa volunteer wage "
+    "warehouse warranty water window workshop"
 ).split()
 
 
@@ -117,6 +118,15 @@ class Home:
             os.kill(json.loads((self.emulated / "emulator.json").read_text())["pid"], signal.SIGTERM)
 
 
+def wait_for_batches(emulator: EmulatorServer, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until so many batches were created, or the process has ended."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end and process.poll() is None:
+        if len(emulator.record()["batches"]) >= count:
+            return
+        time.sleep(0.05)
+
+
 @contextmanager
 def stranger(url: str):
     """Serve what an emulator serves without saying that it is emulated: as real as a test can be."""
@@ -142,7 +152,7 @@ def stranger(url: str):
                 self.end_headers()
                 self.wfile.write(content)
 
-        do_GET = do_POST = do_DELETE = forward
+        do_GET = do_POST = do_DELETE = forward  # noqa: N815 - so they are called
 
         def log_message(self, *_: object) -> None:
             pass

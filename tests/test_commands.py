@@ -13,7 +13,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from command_runner import Home, stranger, write_documents
+
+from command_runner import Home, stranger, wait_for_batches, write_documents
 
 KEYS = {"ANTHROPIC_API_KEY": "test-key", "OPENAI_API_KEY": "test-key"}
 
@@ -51,9 +52,7 @@ def failed(done: subprocess.CompletedProcess[str], status: int) -> str:
 # Mistakes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("provider", "variable"), [("anthropic", "ANTHROPIC_API_KEY"), ("openai", "OPENAI_API_KEY")]
-)
+@pytest.mark.parametrize(("provider", "variable"), [("anthropic", "ANTHROPIC_API_KEY"), ("openai", "OPENAI_API_KEY")])
 def test_no_key(home, provider, variable):
     """Without a key one line names its variable and `--emulate`, and the status is 2."""
     line = failed(home.run("index", "docs", "--provider", provider), 2)
@@ -170,11 +169,11 @@ def test_port_taken(home):
 
 def test_same_output_twice(home):
     """A second command with the same output stops with one line, and the first is not disturbed."""
-    with home.emulator(batch_seconds=3.0) as emulator:
+    with home.emulator(batch_seconds=600) as emulator:
         first = home.start("index", "docs", "--emulate")
-        while not emulator.record()["batches"]:
-            assert first.poll() is None
+        wait_for_batches(emulator, 1, first)
         line = failed(home.run("index", "docs", "--emulate"), 2)
+        emulator.advance(600)
         _, err = first.communicate(timeout=60)
 
         assert "another process is writing" in line
@@ -193,14 +192,15 @@ def test_broken_rows(home):
     reasons = [row.get("reason", "") for row in home.rows()]
     assert ["a", "rows.jsonl:2", "a", "rows.jsonl:4", "c"] == [row["id"] for row in home.rows()]
     assert (1, 4) == (result["succeeded"], result["failed"])
-    for expected, reason in zip(("", "broken JSON", "ids must be unique", "expected an object", "is empty"), reasons):
-        assert expected in reason
+    expected = ("", "broken JSON", "ids must be unique", "expected an object", "is empty")
+    for part, reason in zip(expected, reasons, strict=True):
+        assert part in reason
 
 
 def test_all_fail(home):
     """If no document succeeds the rows are written all the same, with the reason, and the status is 1."""
     for path in (home.work / "docs").rglob("*.*"):
-        path.write_bytes(b"\x00\x01\x02")
+        path.write_bytes(bytes(range(64)))
     with home.emulator():
         done = home.run("index", "docs", "--emulate")
 
@@ -223,7 +223,7 @@ def namespaces() -> bool:
 @pytest.mark.skipif(not namespaces(), reason="no user namespaces here")
 @pytest.mark.parametrize("what", ["output", "store"])
 def test_full_disk(home, what):
-    """On a full disk one line names what cannot be written; with room the same command goes on, asking nothing twice."""
+    """On a full disk one line names what cannot be written; with room the same command ends, asking nothing twice."""
     write_documents(home.work / "docs", 60)
     small = home.folder / "small"
     small.mkdir()
@@ -267,7 +267,9 @@ def test_first_try(home):
         assert "6 documents by the EMULATED Anthropic -> records.jsonl" in done.stdout
         assert "EMULATED receipt: no money was spent" in done.stdout
         assert "(50.0%)" in done.stdout
-        invoice, ledger = (line.split()[-1] for line in done.stdout.splitlines() if "all runs" in line or "ledger" in line)
+        invoice, ledger = (
+            line.split()[-1] for line in done.stdout.splitlines() if "all runs" in line or "ledger" in line
+        )
         assert invoice == ledger
         steps = done.stdout.partition("Next:\n")[2].splitlines()
         assert 3 == len(steps)
@@ -302,14 +304,14 @@ def test_real_and_emulated_never_share(home):
 
 def test_jobs(home):
     """While a run waits, and after it was killed, `jobs` shows its batch; once it is done only `--all` does."""
-    with home.emulator(batch_seconds=3.0) as emulator:
+    with home.emulator(batch_seconds=600) as emulator:
         process = home.start("index", "docs", "--emulate")
-        while not emulator.record()["batches"]:
-            assert process.poll() is None
+        wait_for_batches(emulator, 1, process)
         during = home.run("jobs", "--emulate").stdout
         process.kill()
         process.communicate()
         (after,) = home.json("jobs", "--emulate")["jobs"]
+        emulator.advance(600)
         home.json("index", "docs", "--emulate")
         done, (every,) = home.run("jobs", "--emulate").stdout, home.json("jobs", "--emulate", "--all")["jobs"]
 
@@ -349,7 +351,7 @@ def test_help(home, command):
     assert 0 == done.returncode, done.stderr
     assert done.stdout.strip()
     assert 80 >= max(map(len, done.stdout.splitlines()))
-    assert "<bool>" not in done.stdout.replace("--help", "", 1).partition("--help")[0]
+    assert ["--help"] == [line.split()[1] for line in done.stdout.splitlines() if "<bool>" in line]
 
 
 def test_version(home):

@@ -12,7 +12,7 @@ from presort.request import Route, Usage
 from presort.store.base import LedgerTotal, Spend
 
 
-def total(spend: Spend = Spend.PAID, route: Route = Route.BATCH, **more) -> LedgerTotal:
+def total(spend: Spend = Spend.PAID, route: Route = Route.BATCH, **more: object) -> LedgerTotal:
     """Make a ledger total: one batch answer of 100 tokens in and 10 out, unless said otherwise."""
     given = {"rows": 1, "usage": Usage(100, output_tokens=10), "baseline_usd": Decimal(2), "actual_usd": Decimal(1)}
     return LedgerTotal(provider="anthropic", model="m", route=route, spend=spend, unknown=0, **{**given, **more})

@@ -16,6 +16,9 @@ from presort.errors import ConfigurationError
 from presort.request import Route
 
 
+_RUN_CHARACTERS = 200
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """A route that was asked for, and by whom."""
@@ -97,9 +100,7 @@ def run(name: str) -> Iterator[None]:
     Answers of a named run are replayed if the program is run again, until `finish_run(name)` or `replay_seconds`.
     Equal calls are matched by count: the third one gets the third one's answer.
     """
-    if not name or len(name) > 200:  # noqa: PLR2004
-        raise ConfigurationError(f"a run's name has 1 to 200 characters, got {name!r}")
-    token = _run.set(Run(name))
+    token = _run.set(_named(name))
     try:
         yield
     finally:
@@ -136,4 +137,10 @@ def current_run() -> Run | None:
 
 @cache
 def _environment_run(name: str | None) -> Run | None:
-    return Run(name) if name else None
+    return _named(name) if name else None
+
+
+def _named(name: str) -> Run:
+    if not 0 < len(name) <= _RUN_CHARACTERS:
+        raise ConfigurationError(f"a run's name has 1 to {_RUN_CHARACTERS} characters, got {name!r}")
+    return Run(name)

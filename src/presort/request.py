@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 
 
 class Route(StrEnum):
@@ -115,11 +116,15 @@ class BatchKey:
     @property
     def id(self) -> str:
         """A short stable name for the key: 32 hexadecimal digits."""
-        text = json.dumps(
-            [self.provider, self.base_url, self.account, self.endpoint, self.model, self.headers],
-            ensure_ascii=False,
-        )
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return _key_id(self)
+
+
+@lru_cache(1024)
+def _key_id(key: BatchKey) -> str:
+    text = json.dumps(
+        [key.provider, key.base_url, key.account, key.endpoint, key.model, key.headers], ensure_ascii=False
+    )
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""`presort index` on hundreds of documents: a row each, the exact money, and no way of killing it that costs anything."""
+"""`presort index` on hundreds of documents: a row each, the exact money, and no way of killing it that costs more."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import signal
 import time
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
-from command_runner import Home, write_documents
+
+from command_runner import Home, wait_for_batches, write_documents
 
 COUNT = 320
 BATCH_SIZE = 60
@@ -96,7 +98,7 @@ def test_index(undisturbed):
 
 
 def test_kill(tmp_path, provider, undisturbed):
-    """Killed three times at random, the same command gives the undisturbed run's bytes but for batch ids, asking once."""
+    """Killed three times at random, the same command gives an undisturbed run's bytes but for batch ids, asking once."""
     killed = make_home(tmp_path)
     chance = random.Random(provider)
 
@@ -156,12 +158,3 @@ def test_emulator_dies(tmp_path):
         assert 100 == len([row for row in home.rows() if row["status"] == "succeeded"])
     finally:
         home.stop_own_emulator()
-
-
-def wait_for_batches(emulator, count, process) -> None:
-    """Wait until so many batches were created, or the process has ended."""
-    end = time.monotonic() + 30
-    while time.monotonic() < end and process.poll() is None:
-        if len(emulator.record()["batches"]) >= count:
-            return
-        time.sleep(0.05)

@@ -26,7 +26,7 @@ def database(postgres_url):
 
 @pytest.mark.parametrize("point", ["submitter.creating", "submitter.created", "poller.collected"])
 def test_kill(database, tmp_path, point):
-    """Killed around the create or after the download, the next process on the same database loses and repeats nothing."""
+    """Killed around the create or the download, the next process on the database loses and repeats nothing."""
     with EmulatorServer(batch_seconds=0.2) as emulator:
         options = {**options_for(emulator, tmp_path, "anthropic"), "store": database}
         first = start({**options, "kill_at": point}, tmp_path)

@@ -270,7 +270,7 @@ class _Optimized(_Base):
         if sync < asynchronous:
             warn(
                 f"langchain:{self.presort_base.__qualname__}",
-                f"`{method}` of {self.presort_base.__qualname__} does not batch: the class has a `_generate` of its own "
+                f"`{method}` of {self.presort_base.__qualname__} does not batch: it has a `_generate` of its own "
                 "and no `_agenerate`",
             )
             return False
