@@ -441,7 +441,8 @@ def test_configure_again_while_idle(fresh, tmp_path):
     presort.configure(store=tmp_path / "two.db", batching={"flush_seconds": 7})
 
     assert first.closed
-    assert (str(tmp_path / "two.db"), 7.0) == (runtime.engine().store.location, runtime.settings().batching.flush_seconds)
+    assert str(tmp_path / "two.db") == runtime.engine().store.location
+    assert 7.0 == runtime.settings().batching.flush_seconds
 
 
 def test_wrong_configure_changes_nothing(fresh, tmp_path):

@@ -123,7 +123,7 @@ say(route=route, loaded=[name for name in extras if name in sys.modules])
     ("attempt", "command"),
     [
         ("presort.OptimizedLLMWrapper", 'pip install "presort[langchain]"'),
-        ("presort.configure(store='postgresql://nobody@127.0.0.1:1/x'); presort.jobs()", 'pip install "presort[postgres]"'),
+        ("presort.configure(store='postgresql://a@b/c'); presort.jobs()", 'pip install "presort[postgres]"'),
         ("from presort import cli; cli.main()", 'pip install "presort[cli]"'),
     ],
 )
@@ -285,7 +285,7 @@ def rows(home: Path) -> list[dict[str, object]]:
 
 @needs_fork
 def test_fork_with_parked_work(tmp_path):
-    """A forked child works by itself with an owner of its own, and the parent's parked calls are answered all the same."""
+    """A forked child works by itself with an owner of its own, and the parent's parked calls are answered."""
     source = """
 from presort import runtime
 routes = []
@@ -560,8 +560,7 @@ def test_close_frees_everybody(slow_emulator, tmp_path):
             heard.append(type(error))
 
     threads = [
-        threading.Thread(target=wait, args=(action,))
-        for action in (future.result, lambda: next(stream), engine.drain)
+        threading.Thread(target=wait, args=(action,)) for action in (future.result, lambda: next(stream), engine.drain)
     ]
     for thread in threads:
         thread.start()

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import platformdirs
 import pytest
+
 from bench import Bench, run, until
 from emulator_server import EmulatorServer
-
 from presort.config import Settings, load
 from presort.engine import Link, keyring
 from presort.engine.keyring import Keyring

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import platformdirs
 import pytest
-import sqlalchemy
 
 import presort
 from presort.errors import StoreError, StoreVersionError
@@ -56,11 +55,15 @@ def store(path: Path) -> Iterator[Store]:
 
 
 # -- where ---------------------------------------------------------------------------------------------------
-def test_default_is_in_the_state_folder() -> None:
-    """Without a setting the store is `presort.db` in the user's state folder."""
-    folder = Path(platformdirs.user_state_dir("presort", appauthor=False))
+def test_default_is_in_the_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a setting the store is `presort.db` in the user's state folder, whatever that is called."""
+    folder = tmp_path / "a b%20c%s ü#"
+    monkeypatch.setattr(platformdirs, "user_state_dir", lambda name, appauthor: str(folder / name))
 
-    assert folder / "presort.db" == Path(str(sqlalchemy.make_url(default_url()).database))
+    store = Store.open(default_url())
+
+    assert str(folder / "presort" / "presort.db") == store.location
+    store.close()
 
 
 @pytest.mark.parametrize(
@@ -334,6 +337,17 @@ def test_damaged_file(path: Path) -> None:
 
     with pytest.raises(StoreError, match="is damaged; move it away"):
         Store.open(str(path)).queued(["1"])
+
+
+def test_file_that_vanished(store: Store, path: Path) -> None:
+    """A file that was deleted is missed, and does not come back empty."""
+    store._db._engine.dispose()
+    path.unlink()
+
+    with pytest.raises(StoreError, match=r"cannot be opened; check the path"):
+        store.owners(1)
+
+    assert not path.exists()
 
 
 def test_folder_instead_of_a_file(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from presort.engine import Group, Run
 from presort.errors import ConfigurationError
 from presort.request import Route
 
-
 _RUN_CHARACTERS = 200
 
 

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 _BATCH = {"processing": "batch"}
 
-_PRICED_ELSEWHERE = ("api.groq.com", "api.together.xyz", "api.fireworks.ai", "api.x.ai", "api.deepseek.com", "openrouter.ai")
+_PRICED_ELSEWHERE = (
+    "api.groq.com",
+    "api.together.xyz",
+    "api.fireworks.ai",
+    "api.x.ai",
+    "api.deepseek.com",
+    "openrouter.ai",
+)
 """Hosts that speak OpenAI's format and are priced under a name of their own."""
 
 
@@ -64,7 +71,7 @@ def _reseller(base_url: str) -> str | None:
 @lru_cache(maxsize=1024)
 def _prices(provider: str, url: str | None, model: str, hour: int) -> tuple[ModelPrice, ModelPrice | None] | None:
     """Return (standard, batch) rates; batch is `None` where the data has no batch rates of its own."""
-    from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415 - its data takes a moment to load
+    from genai_prices.data_snapshot import get_snapshot
 
     at = datetime.fromtimestamp(hour * 3600, UTC)
     try:
@@ -88,7 +95,7 @@ def _total(rates: ModelPrice, usage: Usage) -> Decimal:
 
 
 def _priced(usage: Usage) -> PricedUsage:
-    from genai_prices import Usage as PricedUsage  # noqa: PLC0415
+    from genai_prices import Usage as PricedUsage
 
     writes = usage.cache_write_tokens + usage.cache_write_5m_tokens + usage.cache_write_1h_tokens
     counts = {"input_tokens": usage.total_input_tokens, "output_tokens": usage.output_tokens}

@@ -326,9 +326,7 @@ def test_rejected_key(make_bench, vendor):
 def test_spend_limit(make_bench):
     """A spend limit stops the creates, and says so."""
     bench = make_bench("anthropic")
-    bench.emulator.fault(
-        "status", on="create_batch", status=429, error_code="enforced_spend_limit_reached", times=-1
-    )
+    bench.emulator.fault("status", on="create_batch", status=429, error_code="enforced_spend_limit_reached", times=-1)
     stream = bench.engine.stream(bench.payloads(), link=Link(KEY))
     assert not stream.wait(2.0)
 

@@ -323,9 +323,7 @@ class Accumulator:
         for where, bucket in list(self._buckets.items()):
             group = bucket.group
             if group is None:
-                due = flush_due(
-                    waiting=len(bucket.ids), oldest_at=bucket.oldest_at, now=now, batching=bucket.batching
-                )
+                due = flush_due(waiting=len(bucket.ids), oldest_at=bucket.oldest_at, now=now, batching=bucket.batching)
             else:
                 # a caller of the group that is stuck elsewhere must not hold up the others for ever
                 stuck = now - bucket.newest_at >= max(bucket.batching.flush_seconds, _STUCK_SECONDS)

@@ -71,12 +71,12 @@ class Core:
         self.trouble.setdefault(loop, (self.clock(), str(error)))
 
     def batching_of(self, request_id: str) -> Batching:
-        """Return the batching settings a request was handed in with; of one from before this process, the general ones."""
+        """Return the batching settings a request was handed in with; if before this process, the general ones."""
         requested = self.requested.get(request_id)
         return self.settings.batching if requested is None else requested.batching
 
     def original_headers(self, request_id: str) -> dict[str, str]:
-        """Return the headers a live caller's client wrote, without those that belong to its connection or carry its key."""
+        """Return the headers a live caller's client wrote, without its connection's and those that carry its key."""
         requested = self.requested.get(request_id)
         if requested is None:
             return {}
@@ -86,7 +86,9 @@ class Core:
         """Let go of the store's thread; what it is doing is waited for."""
         self.database.shutdown(wait=True)
 
-    def settlement(self, request_id: str, custom_id: str, key: BatchKey, outcome: Outcome, run: str | None) -> Settlement:
+    def settlement(
+        self, request_id: str, custom_id: str, key: BatchKey, outcome: Outcome, run: str | None
+    ) -> Settlement:
         """Pair an outcome with its ledger row. What a vendor refused, expired or cancelled is not billed."""
         if not outcome.succeeded:
             return Settlement(request_id, outcome)

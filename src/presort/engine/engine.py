@@ -18,7 +18,7 @@ from presort.engine.core import Core, new_id
 from presort.engine.keyring import Link
 from presort.engine.poller import Poller
 from presort.engine.settler import Settler
-from presort.engine.stream import Stream
+from presort.engine.stream import LOOK_SECONDS, Stream
 from presort.engine.submitter import Submitter
 from presort.engine.worker import Worker
 from presort.errors import ClosedError, DeadlockError, EngineError
@@ -270,7 +270,7 @@ class Engine:
             self._thread.join(_CLOSE_SECONDS)
 
     # -- inside --------------------------------------------------------------------------------------------------
-    def parcel(  # noqa: PLR0913 - all a caller can ask for
+    def parcel(
         self,
         payload: Payload,
         listener: Callable[[str, Outcome], None] | None,
@@ -334,7 +334,9 @@ class Engine:
             raise
         try:
             either: tuple[Future[Any], ...] = (future, self._gone)
-            concurrent.futures.wait(either, return_when=concurrent.futures.FIRST_COMPLETED)
+            # in short waits: on Windows a long one does not hear Ctrl-C
+            while not concurrent.futures.wait(either, LOOK_SECONDS, concurrent.futures.FIRST_COMPLETED).done:
+                pass
         except BaseException:
             future.cancel()
             raise
@@ -485,6 +487,4 @@ def _after_fork_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

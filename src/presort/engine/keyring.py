@@ -88,7 +88,8 @@ class Keyring:
             return self._open(key, vendor, live.key, live.transport)
         for candidate in self._candidates(key, vendor):
             certain = candidate.certain or self.account(candidate.key) == key.account
-            if certain or self._proven.get(where) == candidate.key or await self._prove(key, vendor, candidate.key, job):
+            known = certain or self._proven.get(where) == candidate.key
+            if known or await self._prove(key, vendor, candidate.key, job):
                 self._proven[where] = candidate.key
                 return self._open(key, vendor, candidate.key, candidate.transport)
         return None

@@ -209,9 +209,7 @@ class Settler:
         else:
             reach("standard.sent")
             usage = vendor.read_usage(reply.body)
-            outcome = Outcome(
-                OutcomeKind.SUCCEEDED, reply.status, reply.body, usage, Route.STANDARD, claimed.reason
-            )
+            outcome = Outcome(OutcomeKind.SUCCEEDED, reply.status, reply.body, usage, Route.STANDARD, claimed.reason)
             last = True
         if last:
             self._tries.pop(request.id, None)

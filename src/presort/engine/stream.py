@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _TAKE = 200
 
+LOOK_SECONDS = 1.0
+"""How long a caller's thread waits at a stretch."""
+
 
 class Stream(Iterator[tuple[int, Outcome]]):
     """Outcomes of a stream of payloads, in input order: (position from 0, outcome)."""
@@ -85,7 +88,9 @@ class Stream(Iterator[tuple[int, Outcome]]):
             given, self._given = self._given, []
             engine.call(self._hand_out(given))
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or self._next_is_settled() or self._done())
+            # in short waits: on Windows a long one does not hear Ctrl-C
+            while not self._changed.wait_for(self._next_is_known, LOOK_SECONDS):
+                pass
             if self._error is not None:
                 engine.streams.discard(self)
                 raise self._error
@@ -109,6 +114,9 @@ class Stream(Iterator[tuple[int, Outcome]]):
             self._engine.accumulator.hand_out(request_id)
         await self._engine.accumulator.flush_handed_out()
 
+    def _next_is_known(self) -> bool:
+        return self._error is not None or self._next_is_settled() or self._done()
+
     def _next_is_settled(self) -> bool:
         return self._position < len(self._ids) and self._ids[self._position] is not None
 
@@ -126,9 +134,7 @@ class Stream(Iterator[tuple[int, Outcome]]):
                 for payload in payloads:
                     position = len(self._ids)
                     listener = self._listener(position)
-                    parcels.append(
-                        engine.parcel(payload, listener, deadline_seconds, batching, self._run, group, link)
-                    )
+                    parcels.append(engine.parcel(payload, listener, deadline_seconds, batching, self._run, group, link))
                     self._ids.append(None)
                 engine.check_open()
                 engine.accumulator.put(parcels)

@@ -82,7 +82,9 @@ class Submitter:
         except _BusyError:
             await self._again(steps.job, _BUSY_PAUSE_SECONDS, "another create of this account is not settled yet")
         except NotSentError as error:
-            await self._again(steps.job, backoff(claimed.job.failures), f"cannot reach {key.base_url}: {error}", failed=True)
+            await self._again(
+                steps.job, backoff(claimed.job.failures), f"cannot reach {key.base_url}: {error}", failed=True
+            )
         except RefusedError as refusal:
             if steps.job.create_at is not None and refusal.status in _DOUBTFUL_STATUSES:
                 await self._in_doubt(steps.job, str(refusal))
@@ -92,7 +94,9 @@ class Submitter:
             if steps.job.create_at is not None:
                 await self._in_doubt(steps.job, f"the answer to the create was lost: {error}")
             else:
-                await self._again(steps.job, backoff(claimed.job.failures), f"the upload broke off: {error}", failed=True)
+                await self._again(
+                    steps.job, backoff(claimed.job.failures), f"the upload broke off: {error}", failed=True
+                )
         else:
             reach("submitter.created")
             await self._submitted(steps.job, key, batch_id)

@@ -26,6 +26,7 @@ from sqlalchemy import (
     Engine,
     Insert,
     Numeric,
+    QueuePool,
     Table,
     Text,
     Update,
@@ -82,7 +83,7 @@ class Database:
 
     def __init__(self, engine: Engine, location: str) -> None:
         self.location = location
-        """Path, or URL without user secrets, for people."""
+        """Path, or URL without the password, for people."""
         self.is_postgres = engine.dialect.name == "postgresql"
         self._engine = engine
         self._writer = engine.execution_options(presort_write=True)
@@ -133,7 +134,7 @@ class Database:
         """Give up to 100 MB of free pages back to the disk, if nobody is in the way; PostgreSQL does so by itself."""
         if self.is_postgres:
             return
-        with suppress(sqlite3.Error), self._turn, self._engine.connect() as connection:
+        with suppress(sqlite3.Error, SQLAlchemyError), self._turn, self._engine.connect() as connection:
             raw = connection.connection.driver_connection
             if raw is not None:
                 raw.executescript("PRAGMA incremental_vacuum(25600)")  # `execute` would free one page
@@ -241,12 +242,20 @@ def _for_people(url: URL) -> str:
     return url.set(drivername="postgresql", query=where)._replace(password=None).render_as_string()
 
 
+def _connect_sqlite(path: Path) -> sqlite3.Connection:
+    """Connect to a file that is there: one that vanished must not come back empty, and readable by all."""
+    return sqlite3.connect(
+        f"{path.as_uri()}?mode=rw",
+        uri=True,
+        timeout=BUSY_SECONDS,
+        isolation_level=None,  # the driver begins nothing on its own; `_begin_sqlite` does
+        check_same_thread=False,
+    )
+
+
 def _sqlite_engine(path: Path) -> Engine:
     engine = create_engine(
-        URL.create("sqlite+pysqlite", database=str(path)),
-        # without an isolation level the driver begins nothing on its own; `_begin` below does
-        connect_args={"timeout": BUSY_SECONDS, "isolation_level": None, "check_same_thread": False},
-        hide_parameters=True,
+        "sqlite+pysqlite://", creator=lambda: _connect_sqlite(path), poolclass=QueuePool, hide_parameters=True
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
@@ -302,7 +311,7 @@ class _ExactSum:
 
 def _check_sqlite_file(path: Path) -> None:
     """Refuse a file that is another program's or a newer presort's, before anything about it is changed."""
-    raw = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+    raw = _connect_sqlite(path)
     try:
         tables = {name for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not tables:

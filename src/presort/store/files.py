@@ -15,6 +15,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 import platformdirs
+from sqlalchemy import URL
 
 from presort.errors import StoreError
 
@@ -28,7 +29,8 @@ NETWORK_FILE_SYSTEMS = frozenset(
 
 def default_url() -> str:
     """Return the SQLAlchemy URL of the store in the user's state folder."""
-    return f"sqlite:///{Path(platformdirs.user_state_dir('presort', appauthor=False)) / 'presort.db'}"
+    path = Path(platformdirs.user_state_dir("presort", appauthor=False)) / "presort.db"
+    return URL.create("sqlite", database=str(path)).render_as_string()
 
 
 def file_system(mounts: str, path: str) -> str | None:
