@@ -51,7 +51,7 @@ check: $(INSTALLED) ## Lint, formatting, types, architecture and licences
 
 .PHONY: test
 test: $(INSTALLED) ## Run the tests (ARGS="-k name" to choose)
-	$(RUN)/python -m pytest $(ARGS)
+	$(RUN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 .PHONY: test-lowest
 test-lowest: ## Run the contract tests on the lowest versions that we support
