@@ -1,4 +1,4 @@
-"""Both vendors' batch endpoints once more, on the standard library's server: what presort must not need our emulator for.
+"""Both vendors' batch endpoints once more, on the standard library's server: presort must not need our emulator.
 
 Written from the documented wire only, as plain as it comes: HTTP/1.1 by threads, a connection per request, chunked
 downloads, no header beyond what the vendors document. Faults are a set of names, each a column of the table of faults
@@ -112,7 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         batch: dict[str, Any] = {"id": name, "rows": rows, **shape}
         if anthropic:
             batch |= {"processing_status": "in_progress", "created_at": _now(), "results_url": None}
-            batch["request_counts"] = {"processing": len(rows), "succeeded": 0, "errored": 0, "canceled": 0, "expired": 0}
+            nothing = dict.fromkeys(("succeeded", "errored", "canceled", "expired"), 0)
+            batch["request_counts"] = {"processing": len(rows), **nothing}
         else:
             batch |= {"status": "in_progress", "created_at": _unix(), "output_file_id": None, "error_file_id": None}
             batch["request_counts"] = {"total": len(rows), "completed": 0, "failed": 0}
@@ -194,11 +195,12 @@ def _answer(path: str, body: dict[str, Any]) -> dict[str, Any]:
     if "messages" in path:
         usage = {"input_tokens": 10, "output_tokens": 5}
         content = [{"type": "text", "text": "{}"}]
-        shape = {"id": "msg_1", "type": "message", "role": "assistant", "stop_reason": "end_turn", "stop_sequence": None}
-        return {**shape, "model": body["model"], "content": content, "usage": usage}
+        shape = {"id": "msg_1", "type": "message", "role": "assistant", "stop_reason": "end_turn"}
+        return {**shape, "stop_sequence": None, "model": body["model"], "content": content, "usage": usage}
     usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "{}"}}
-    return {"id": "c1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice], "usage": usage}
+    shape = {"id": "c1", "object": "chat.completion", "created": 1}
+    return {**shape, "model": body["model"], "choices": [choice], "usage": usage}
 
 
 def _part(content_type: str, body: bytes) -> bytes:

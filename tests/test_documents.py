@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from presort.errors import InputError, MissingExtraError
+from presort.indexing import documents
 from presort.indexing.documents import (
     SUFFIXES,
     Document,

@@ -403,7 +403,7 @@ def test_forks_while_calls_are_under_way(emulator, tmp_path):
     source = """
 ask("first")
 done = []
-threads = [threading.Thread(target=lambda n=n: done.extend(ask(f"{n}.{m}") for m in range(3))) for n in range(4)]
+threads = [threading.Thread(target=lambda n=n: done.extend(ask(f"{n}.{m}") for m in range(2))) for n in range(4)]
 for thread in threads:
     thread.start()
 forks = 0
@@ -417,8 +417,8 @@ while any(thread.is_alive() for thread in threads):
     time.sleep(0.01)
 say(done=len(done), forked=forks > 5)
 """
-    assert [{"done": 12, "forked": True}] == run(emulator, tmp_path, source)
-    assert [RequestState.SETTLED] * 13 == [row["state"] for row in rows(tmp_path)]
+    assert [{"done": 8, "forked": True}] == run(emulator, tmp_path, source)
+    assert [RequestState.SETTLED] * 9 == [row["state"] for row in rows(tmp_path)]
 
 
 @needs_fork

@@ -45,7 +45,7 @@ def test_program(program, emulator, tmp_path):
         ANTHROPIC_BASE_URL=emulator.url,
         OPENAI_API_KEY="test-key",
         OPENAI_BASE_URL=f"{emulator.url}/v1",
-        PRESORT_BATCHING__FLUSH_SECONDS="0.2",
+        PRESORT_BATCHING__FLUSH_SECONDS="1.5",
         PRESORT_BATCHING__POLL_INTERVAL_SECONDS="0.2",
     )
     before = len(emulator.record()["batches"])

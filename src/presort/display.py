@@ -30,6 +30,7 @@ from presort.telemetry import logger
 _PAINT_SECONDS = 0.25
 _LOOK_SECONDS = 1.0
 _LINE_SECONDS = 10.0
+_LEAVE_SECONDS = 2.0
 _MOST_REASONS = 5
 
 _AT_VENDOR = frozenset({JobState.SUBMITTED, JobState.COLLECTING})
@@ -63,7 +64,7 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_LEAVE_SECONDS)  # a store that hangs must not hold up who wants to go
         logger.removeHandler(self._warnings)
 
     def say(self, line: str) -> None:

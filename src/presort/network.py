@@ -226,6 +226,11 @@ class _Borrowed(httpx2.AsyncBaseTransport):
         bridge = _Bridge(self, stream, synchronous=self._synchronous)
         return httpx2.Response(response.status_code, headers=headers, stream=bridge)
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can be sent any more: its loop has ended."""
+        return self._loop is not None and not self._loop.is_running()
+
     async def there(self, work: Coroutine[Any, Any, T]) -> T:
         """Await a coroutine on the loop that the transport belongs to."""
         loop = self._loop

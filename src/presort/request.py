@@ -206,6 +206,6 @@ def custom_id(request_id: str, attempt: int) -> str:
 def split_custom_id(text: str) -> tuple[str, int] | None:
     """Read a `custom_id` back into request id and attempt; `None` if it is not one of ours."""
     request_id, dash, attempt = text.rpartition("-")
-    if not dash or len(request_id) != 32 or len(attempt) != 2 or not attempt.isdecimal():  # noqa: PLR2004
+    if not dash or len(request_id) != 32 or len(attempt) != 2 or not attempt.isdecimal():
         return None
     return request_id, int(attempt)

@@ -24,10 +24,11 @@ from typing import Any, Protocol
 from presort import runtime
 from presort.context import Wish, current_run, wish_for
 from presort.engine import Link
+from presort.errors import ClosedError
 from presort.network import Lease, copied_client, library, sibling
 from presort.providers import recognise
 from presort.providers.base import Call, Provider, one_line
-from presort.request import BatchKey, Outcome, Payload, Route, Usage
+from presort.request import BatchKey, Outcome, OutcomeKind, Payload, Route, Usage
 from presort.routing import choose_route
 from presort.telemetry import fell_back, warn
 
@@ -258,6 +259,11 @@ def _wait(future: concurrent.futures.Future[Outcome]) -> Outcome:
     return future.result()
 
 
+def _closed(known: _Known, error: ClosedError) -> Outcome:
+    """Say in the vendor's words that presort was closed: some clients would retry an exception, and start it anew."""
+    return Outcome(OutcomeKind.ERRORED, 503, known.provider.error_body(503, f"presort: {error}"), reason="closed")
+
+
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
         return asyncio.get_running_loop()
@@ -320,11 +326,12 @@ def _classes(lib: ModuleType) -> tuple[type[Any], type[Any], type[Any]]:  # noqa
                 runtime.begin()
                 return self._metered(known, self._inner.handle_request(request), Metered)
             try:
-                outcome = _wait(future)
+                return self._answer(_wait(future))
+            except ClosedError as error:
+                return self._answer(_closed(known, error))
             except BaseException:
                 future.cancel()
                 raise
-            return self._answer(outcome)
 
         def __enter__(self) -> Any:
             if self._opens():
@@ -361,7 +368,10 @@ def _classes(lib: ModuleType) -> tuple[type[Any], type[Any], type[Any]]:  # noqa
             if future is None:
                 runtime.begin()
                 return self._metered(known, await self._inner.handle_async_request(request), AsyncMetered)
-            return self._answer(await asyncio.wrap_future(future))
+            try:
+                return self._answer(await asyncio.wrap_future(future))
+            except ClosedError as error:
+                return self._answer(_closed(known, error))
 
         async def __aenter__(self) -> Any:
             if self._opens():

@@ -144,7 +144,7 @@ def test_cancelled_in_an_unsent_job(make_bench):
     futures = bench.park(*bench.payloads(2), group=Group(expected=2))
     until(lambda: any("429" in (view.job.note or "") for view in bench.jobs()))
     futures[0].cancel()
-    until(lambda: bench.emulator.asked())
+    until(bench.emulator.asked)
 
     assert 1 == len(bench.emulator.asked())
 

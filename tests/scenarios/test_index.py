@@ -123,7 +123,7 @@ def test_kill(tmp_path, provider, undisturbed):
 @pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stop(tmp_path, stop, status):
     """Ctrl-C and a request to end leave at once with a line that says how to go on, and the same command does."""
-    home = make_home(tmp_path, 100)
+    home = make_home(tmp_path, 70)
     with home.emulator(batch_seconds=2.0) as emulator:
         process = home.start(*command("anthropic"))
         wait_for_batches(emulator, 1, process)
@@ -138,12 +138,12 @@ def test_stop(tmp_path, stop, status):
         result = home.json(*command("anthropic"))
         asked = emulator.asked()
 
-    assert 100 == result["succeeded"] == len(asked) == len(set(asked))
+    assert 70 == result["succeeded"] == len(asked) == len(set(asked))
 
 
 def test_emulator_dies(tmp_path):
     """If the emulator is killed in the middle it is started again, and the run ends with every row, each asked once."""
-    home = make_home(tmp_path, 100)
+    home = make_home(tmp_path, 70)
     try:
         with home.emulator(batch_seconds=4.0) as emulator:
             process = home.start(*command("anthropic"))
@@ -154,7 +154,7 @@ def test_emulator_dies(tmp_path):
             assert "the EMULATED vendor had stopped, and was started again" in err
             asked = emulator.asked()
 
-        assert 100 == len(asked) == len(set(asked))
-        assert 100 == len([row for row in home.rows() if row["status"] == "succeeded"])
+        assert 70 == len(asked) == len(set(asked))
+        assert 70 == len([row for row in home.rows() if row["status"] == "succeeded"])
     finally:
         home.stop_own_emulator()

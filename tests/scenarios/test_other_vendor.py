@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from other_vendor import OtherVendor
 
+from other_vendor import OtherVendor
 from presort.config import load
 from presort.engine import Engine, Link
 from presort.providers import provider

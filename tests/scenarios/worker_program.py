@@ -36,7 +36,8 @@ def payloads(engine: Engine, options: dict[str, Any]) -> list[Payload]:
     for number in range(options["count"]):
         prompt = Prompt("Name the topic.", f"Document {number}", {"type": "object"}, max_tokens=64)
         endpoint, body, headers = vendor.compose(vendor.default_model, prompt)
-        key = BatchKey(vendor.name, base_url, engine.account(options.get("key", KEY)), endpoint, vendor.default_model, headers)
+        account = engine.account(options.get("key", KEY))
+        key = BatchKey(vendor.name, base_url, account, endpoint, vendor.default_model, headers)
         made.append(Payload(key, body))
     return made
 

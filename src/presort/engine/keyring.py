@@ -57,7 +57,7 @@ class Keyring:
         self._settings = settings
         self._core = core
         self._live: dict[tuple[str, str, str], Link] = {}
-        self._channels: dict[tuple[str, str, str, str], HttpChannel] = {}
+        self._channels: dict[tuple[str, str, str, str], _Open] = {}
         self._clients: list[httpx2.AsyncClient] = []
         self._proven: dict[tuple[str, str, str], str] = {}
         self._organisations: dict[str, str] = {}
@@ -158,27 +158,29 @@ class Keyring:
     def _open(self, key: BatchKey, vendor: Provider, secret: str, transport: TransportFactory | None) -> HttpChannel:
         # the secret itself is part of the cache's key: a rotated one gets a channel of its own
         where = (key.provider, key.base_url, key.account, secret)
-        if where not in self._channels:
+        if where not in self._channels or self._channels[where].ended:
 
             async def learn(response: httpx2.Response) -> None:
                 await self._learn(key, vendor, response.headers)
 
-            client = self._client(transport)
+            borrowed = None if transport is None else transport()
+            client = self._client(borrowed)
             client.event_hooks = {"request": [], "response": [learn]}
             self._clients.append(client)
-            self._channels[where] = HttpChannel(
+            channel = HttpChannel(
                 key.base_url,
                 vendor.key_headers(secret),
                 client=client,
                 connect_seconds=self._settings.http.connect_timeout_seconds,
                 read_seconds=self._settings.http.read_timeout_seconds,
             )
-        return self._channels[where]
+            self._channels[where] = _Open(channel, borrowed)
+        return self._channels[where].channel
 
-    def _client(self, transport: TransportFactory | None) -> httpx2.AsyncClient:
+    def _client(self, transport: httpx2.AsyncBaseTransport | None) -> httpx2.AsyncClient:
         headers = {"user-agent": "presort"}
         if transport is not None:
-            return httpx2.AsyncClient(transport=transport(), headers=headers)
+            return httpx2.AsyncClient(transport=transport, headers=headers)
         http = self._settings.http
         verify = True if http.ca_file is None else ssl.create_default_context(cafile=str(http.ca_file))
         return httpx2.AsyncClient(proxy=http.proxy, verify=verify, headers=headers)
@@ -189,6 +191,19 @@ class Keyring:
         if organisation and self._organisations.get(key.account) != organisation:
             self._organisations[key.account] = organisation
             await self._core.db(self._core.store.remember_organisation, key.account, organisation)
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A channel, and the live client's transport it goes through."""
+
+    channel: HttpChannel
+    transport: httpx2.AsyncBaseTransport | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it goes through a user's own transport whose loop has ended."""
+        return bool(getattr(self.transport, "ended", False))
 
 
 @dataclass(frozen=True, slots=True)

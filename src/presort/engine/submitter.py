@@ -136,7 +136,7 @@ class Submitter:
             await self._submitted(job, key, finding.batch_id)
             return
         if finding.waiting_for is not None:
-            await self._again_in_doubt(job, f"its create is in doubt; waiting for the end of {finding.waiting_for}")
+            await self._again_in_doubt(job, f"its create is in doubt; waiting for {finding.waiting_for}")
             return
         assert job.create_at is not None  # noqa: S101 - what `work` branched on
         absent_at = min(job.create_at + core.settings.reconcile_window_seconds, max(job.deadline, job.create_at))

@@ -271,15 +271,19 @@ class SseMeter:
     Args:
         find: Takes the usage object out of an event's JSON.
         read: Turns the collected usage object into ours.
+        last: The event type whose counts are final; before it nothing is known. `None`: any event's are.
     """
 
     def __init__(
         self,
         find: Callable[[Mapping[str, Any]], Any],
         read: Callable[[Mapping[str, Any]], Usage | None],
+        last: str | None = None,
     ) -> None:
         self._find = find
         self._read = read
+        self._last = last
+        self._final = last is None
         self._rest = bytearray()
         self._seen: dict[str, Any] = {}
 
@@ -295,9 +299,10 @@ class SseMeter:
             if line.startswith(b"data:") and b'"usage"' in line:
                 event = read_object(bytes(line[5:]))
                 found = mapping(self._find(event)) if event else {}
+                self._final = self._final or bool(event and event.get("type") == self._last)
                 self._seen.update((name, value) for name, value in found.items() if value is not None)
 
     @property
     def usage(self) -> Usage | None:
-        """What was billed, as far as the stream has said."""
-        return self._read(self._seen)
+        """What was billed; `None` until the stream has said all of it."""
+        return self._read(self._seen) if self._final else None

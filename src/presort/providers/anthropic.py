@@ -160,7 +160,7 @@ class Anthropic(Provider):
     def stream_meter(self) -> StreamMeter:
         """Return a meter for `message_start` and `message_delta`, whose counts are cumulative."""
         return SseMeter(
-            lambda event: event.get("usage") or mapping(event.get("message")).get("usage"), _usage
+            lambda event: event.get("usage") or mapping(event.get("message")).get("usage"), _usage, "message_delta"
         )
 
     def compose(self, model: str, prompt: Prompt) -> tuple[str, bytes, tuple[tuple[str, str], ...]]:

@@ -176,7 +176,7 @@ class HttpChannel:
         except httpx2.LocalProtocolError:
             # Its message may quote what was being sent, so it does not travel along.
             raise AnswerLostError(f"{_name(request)}: the request could not be written whole") from None
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, OSError) as error:  # TLS 1.3 refuses a client's certificate as an OSError
             raise AnswerLostError(f"{_name(request)}: {_describe(error)}") from error
         try:
             if response.status_code >= 300:
@@ -184,7 +184,7 @@ class HttpChannel:
                     response.status_code, dict(response.headers), self._blot(await _head(response))
                 )
             yield response
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, OSError) as error:
             raise AnswerLostError(f"{_name(request)}: {_describe(error)}") from error
         finally:
             await response.aclose()
@@ -222,5 +222,5 @@ def _name(request: httpx2.Request) -> str:
     return f"{request.method} {request.url.path}"
 
 
-def _describe(error: httpx2.HTTPError) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
