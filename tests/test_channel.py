@@ -182,9 +182,7 @@ async def test_link_on_the_own_origin_is_followed():
     assert ["/v1/results?x=1"] == [heard.target for heard in server.heard]
 
 
-@pytest.mark.parametrize(
-    "foreign", ["http://127.0.0.1:1/x", "https://{host}/x", "http://evil.example/x", "http://[/x"]
-)
+@pytest.mark.parametrize("foreign", ["http://127.0.0.1:1/x", "https://{host}/x", "http://evil.example/x", "http://[/x"])
 async def test_link_to_another_origin_is_refused(foreign: str):
     """An absolute URL elsewhere is `GarbledError`, and the key goes nowhere."""
     async with PlainServer(lambda _: answer(b"{}")) as server:

@@ -255,9 +255,7 @@ def test_a_pipe_in_a_folder_does_not_block(tmp_path: Path) -> None:
     put(tmp_path, "a.txt")
     os.mkfifo(tmp_path / "b.txt")
     os.mkfifo(tmp_path / "c.jsonl")
-    assert [item.reason for item in read(tmp_path) if isinstance(item, Rejected)] == [
-        "not a regular file"
-    ] * 2
+    assert [item.reason for item in read(tmp_path) if isinstance(item, Rejected)] == ["not a regular file"] * 2
 
 
 @posix
@@ -448,9 +446,7 @@ def test_a_row_at_the_limit_is_read(tmp_path: Path, end: str) -> None:
     line = row().rstrip("\n")
     path = put(tmp_path, "in.jsonl", line + end + line + end)
     assert [type(item) for item in read_documents([path], max_bytes=len(line))] == [Document, Rejected]
-    assert all(
-        "too large" in i.reason for i in read(path, max_bytes=len(line) - 1) if isinstance(i, Rejected)
-    )
+    assert all("too large" in i.reason for i in read(path, max_bytes=len(line) - 1) if isinstance(i, Rejected))
 
 
 def test_jsonl_of_another_encoding_is_rejected_once(tmp_path: Path) -> None:

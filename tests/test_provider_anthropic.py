@@ -48,9 +48,7 @@ def test_call_is_recognised():
     call = ANTHROPIC.recognise("POST", URL, headers, BODY)
 
     meaning = (("anthropic-beta", "b1"), ("anthropic-version", "2026-10-21"))
-    expected = Call(
-        "https://api.anthropic.com", "/v1/messages", "claude-haiku-5-5", streaming=False, headers=meaning
-    )
+    expected = Call("https://api.anthropic.com", "/v1/messages", "claude-haiku-5-5", streaming=False, headers=meaning)
     assert expected == call
 
 
@@ -77,9 +75,7 @@ def test_gateways_are_recognised(url: str, headers: dict[str, str]):
         pytest.param("POST", f"{URL}/count_tokens", VERSION, BODY, id="count_tokens"),
         pytest.param("POST", f"{URL}/batches", VERSION, BODY, id="batches"),
         pytest.param("POST", "http://gateway.example/v1/messages", {}, BODY, id="nothing of Anthropic's"),
-        pytest.param(
-            "POST", "https://u:p@gateway.example/v1/messages", VERSION, BODY, id="credentials in URL"
-        ),
+        pytest.param("POST", "https://u:p@gateway.example/v1/messages", VERSION, BODY, id="credentials in URL"),
         pytest.param("POST", "/v1/messages", VERSION, BODY, id="no host"),
         pytest.param("POST", "http://[/v1/messages", VERSION, BODY, id="no URL"),
         pytest.param("POST", URL, VERSION, b"", id="no body"),
@@ -259,9 +255,7 @@ def test_error_body_is_the_vendors():
     """An error that presort states has Anthropic's shape and the type that goes with its status."""
     error = {"type": "rate_limit_error", "message": "later"}
 
-    assert {"type": "error", "error": error, "request_id": None} == json.loads(
-        ANTHROPIC.error_body(429, "later")
-    )
+    assert {"type": "error", "error": error, "request_id": None} == json.loads(ANTHROPIC.error_body(429, "later"))
 
 
 @pytest.mark.parametrize(
@@ -305,9 +299,7 @@ def row(result: str, custom_id: str = '"c"') -> bytes:
 
 def test_succeeded_row_keeps_its_bytes():
     """The message of a succeeded row comes out byte for byte: numbers, escapes, blanks and order."""
-    message = (
-        '{ "z":1.50,"a":"\\u00e9é","n":12345678901234567890.10,"usage":{"input_tokens":1,"output_tokens":2}}'
-    )
+    message = '{ "z":1.50,"a":"\\u00e9é","n":12345678901234567890.10,"usage":{"input_tokens":1,"output_tokens":2}}'
     read = read_row(row(f'{{"x":[1,{{}}] , "type":"succeeded", "message" :{message} }}'), "b")
 
     assert read is not None
@@ -333,9 +325,7 @@ def test_errored_row_keeps_the_vendors_error(kind: str, status: int):
     assert Outcome(OutcomeKind.ERRORED, status, error.encode(), reason=kind, batch_id="b") == read.outcome
 
 
-@pytest.mark.parametrize(
-    ("kind", "expected"), [("expired", OutcomeKind.EXPIRED), ("canceled", OutcomeKind.CANCELLED)]
-)
+@pytest.mark.parametrize(("kind", "expected"), [("expired", OutcomeKind.EXPIRED), ("canceled", OutcomeKind.CANCELLED)])
 def test_unanswered_row_says_so(kind: str, expected: OutcomeKind):
     """An expired or cancelled row has an error in the vendor's shape and no usage."""
     read = read_row(row(f'{{"type":"{kind}"}}'), "b")
@@ -460,9 +450,7 @@ async def test_check_reads_status_and_counts():
     counts = {"processing": 1, "succeeded": 2, "errored": 3, "canceled": 4, "expired": 5}
     batch = {"id": "msgbatch_1", "processing_status": "canceling", "request_counts": counts}
     async with PlainServer(lambda _: answer(json.dumps(batch).encode())) as server:
-        look = await ANTHROPIC.check(
-            HttpChannel(server.url, {}), key(server.url), job_of(batch_id="msgbatch_1")
-        )
+        look = await ANTHROPIC.check(HttpChannel(server.url, {}), key(server.url), job_of(batch_id="msgbatch_1"))
 
     assert Look(JobProgress(False, 1, 2, 12)) == look
     assert ["/v1/messages/batches/msgbatch_1"] == [heard.target for heard in server.heard]
@@ -496,9 +484,7 @@ async def test_results_are_fetched_below_the_base_url(link: str | None, target: 
         if "results" in heard.target:
             return answer(row('{"type":"expired"}') + b"\n\nbroken\n" + row('{"type":"canceled"}'))
         url = link and link.format(base=base)
-        return answer(
-            json.dumps({"id": "msgbatch_1", "processing_status": "ended", "results_url": url}).encode()
-        )
+        return answer(json.dumps({"id": "msgbatch_1", "processing_status": "ended", "results_url": url}).encode())
 
     async with PlainServer(reply) as server:
         base = f"{server.url}/gw"
@@ -556,9 +542,7 @@ THEIRS = b'{"custom_id":"theirs","result":{"type":"expired"}}\n'
     [
         pytest.param([listed(1, NOW)], {"msgbatch_1": OURS}, "msgbatch_1", id="ours"),
         pytest.param([listed(1, EARLY)], {"msgbatch_1": OURS}, "msgbatch_1", id="ours by a slow clock"),
-        pytest.param(
-            [listed(1, NOW)], {"msgbatch_1": b"{\n" + THEIRS + OURS}, "msgbatch_1", id="spoilt head"
-        ),
+        pytest.param([listed(1, NOW)], {"msgbatch_1": b"{\n" + THEIRS + OURS}, "msgbatch_1", id="spoilt head"),
         pytest.param([listed(1, NOW)], {"msgbatch_1": THEIRS}, None, id="theirs"),
         pytest.param([listed(1, NOW, count=4)], {"msgbatch_1": OURS}, None, id="another size"),
         pytest.param([listed(1, OLD)], {"msgbatch_1": OURS}, None, id="older"),

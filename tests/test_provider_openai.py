@@ -54,9 +54,7 @@ def test_call_is_recognised():
     call = OPENAI.recognise("POST", URL, headers, BODY)
 
     meaning = (("openai-organization", "o"), ("openai-project", "p"))
-    expected = Call(
-        "https://api.openai.com/v1", "/chat/completions", "gpt-5-mini", streaming=False, headers=meaning
-    )
+    expected = Call("https://api.openai.com/v1", "/chat/completions", "gpt-5-mini", streaming=False, headers=meaning)
     assert expected == call
 
 
@@ -372,9 +370,7 @@ async def test_submit_uploads_and_creates():
     async with PlainServer(reply) as server:
         base = f"{server.url}/v1"
         channel = HttpChannel(base, {"authorization": "Bearer k"})
-        batch_id = await OPENAI.submit(
-            channel, key(base), job_of(batch_id="batch_1"), rows_of(IDS, *bodies), steps
-        )
+        batch_id = await OPENAI.submit(channel, key(base), job_of(batch_id="batch_1"), rows_of(IDS, *bodies), steps)
 
     upload, create = server.heard
     head = f"content-type: {upload.headers['content-type']}\r\n\r\n".encode()
@@ -441,9 +437,7 @@ async def test_failed_upload_stops_before_the_create(response: bytes, error: typ
 
 def batch(**fields: object) -> bytes:
     """Answer with a batch."""
-    return answer(
-        json.dumps({"id": "batch_1", "output_file_id": None, "error_file_id": None, **fields}).encode()
-    )
+    return answer(json.dumps({"id": "batch_1", "output_file_id": None, "error_file_id": None, **fields}).encode())
 
 
 @pytest.mark.anyio
@@ -502,11 +496,7 @@ async def test_both_files_are_collected(files: dict[str, str], expected: list[st
 
     def reply(heard: Heard) -> bytes:
         if heard.target.startswith("/files/"):
-            line = (
-                row("null", '{"code":"batch_expired"}')
-                .decode()
-                .replace('"c"', f'"{heard.target.split("/")[2]}"')
-            )
+            line = row("null", '{"code":"batch_expired"}').decode().replace('"c"', f'"{heard.target.split("/")[2]}"')
             return answer(f"\nbroken\n{line}".encode())
         return batch(status="expired", **files)
 
@@ -555,9 +545,7 @@ async def test_search_ends_at_the_window():
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(
-    ("status", "fine"), [("completed", True), ("cancelling", True), ("in_progress", False)]
-)
+@pytest.mark.parametrize(("status", "fine"), [("completed", True), ("cancelling", True), ("in_progress", False)])
 async def test_refused_cancel_counts_while_the_batch_goes_on(status: str, fine: bool):
     """A refused cancel is no error if the batch has ended or is ending, and is one if it simply goes on."""
 

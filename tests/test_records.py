@@ -47,9 +47,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def test_a_success_is_written_in_a_fixed_order() -> None:
     """A successful row holds id, source, status and classification, in that order and as UTF-8."""
     line = Record("ä", "docs/ä", CLASSIFICATION).line()
-    assert line.startswith(
-        '{"id": "ä", "source": "docs/ä", "status": "succeeded", "classification": {'.encode()
-    )
+    assert line.startswith('{"id": "ä", "source": "docs/ä", "status": "succeeded", "classification": {'.encode())
     assert json.loads(line)["classification"] == CLASSIFICATION.model_dump()
     assert "Läden".encode() in line
     assert list(json.loads(line)) == ["id", "source", "status", "classification"]
@@ -76,9 +74,7 @@ def test_a_failure_says_how_far_it_came() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "text", ["two\nlines", "\u2028\x85", '"quoted"\\', "\ud83d half", "\U0001f600", "\0"]
-)
+@pytest.mark.parametrize("text", ["two\nlines", "\u2028\x85", '"quoted"\\', "\ud83d half", "\U0001f600", "\0"])
 def test_any_text_is_one_line_and_comes_back(text: str) -> None:
     """Whatever a text holds, even half a surrogate pair, its row is one line of UTF-8 and gives it back."""
     line = failed(reason=text).line()

@@ -2,8 +2,8 @@
 
 >>> import presort
 >>> model = presort.wrap(ChatAnthropic(model="claude-haiku-5-5"))
->>> answers = model.batch(prompts)            # Batch API, half price
->>> with presort.batch(deadline=6 * 3600):    # everything below
+>>> answers = model.batch(prompts)  # Batch API, half price
+>>> with presort.batch(deadline=6 * 3600):  # everything below
 ...     answers = chain.map().invoke(documents)
 """
 

@@ -32,9 +32,7 @@ def test_faults(tmp_path, vendor, fault, sent, answered):
     """Finished rows are kept, only the rest is sent again, and each intent is one batch."""
     with OtherVendor(*filter(None, [fault])) as server:
         wire = provider(vendor)
-        settings = load(
-            batching={"flush_seconds": 0.05, "poll_interval_seconds": 0.05}, reconcile_window_seconds=1.5
-        )
+        settings = load(batching={"flush_seconds": 0.05, "poll_interval_seconds": 0.05}, reconcile_window_seconds=1.5)
         engine = Engine(settings, Store.open(f"sqlite:///{tmp_path / 'presort.db'}"))
         base_url = server.url + ("/v1" if vendor == "openai" else "")
         payloads = []

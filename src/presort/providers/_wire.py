@@ -220,9 +220,7 @@ async def create_batch(
     except RefusedError as refusal:
         if refusal.status < 500 or refusal.status in _NOTHING_HAPPENED:
             raise
-        raise AnswerLostError(
-            f"the create was answered HTTP {refusal.status}: it may have happened"
-        ) from refusal
+        raise AnswerLostError(f"the create was answered HTTP {refusal.status}: it may have happened") from refusal
     return id_in(reply, "a batch")
 
 

@@ -251,9 +251,7 @@ class Anthropic(Provider):
             if (await _read_batch(channel, key, job))["processing_status"] == "in_progress":
                 raise
 
-    async def find(
-        self, channel: Channel, key: BatchKey, job: Job, ids: Sequence[str], known: KnownBatch
-    ) -> Finding:
+    async def find(self, channel: Channel, key: BatchKey, job: Job, ids: Sequence[str], known: KnownBatch) -> Finding:
         """Look for our custom_ids in each unknown batch of the right time and size that has ended."""
         since = job.created_at if job.create_at is None else job.create_at
         ours = frozenset(ids)
@@ -272,9 +270,7 @@ class Anthropic(Provider):
                     undecided.append(batch["id"])
         if not undecided:
             return Finding()
-        return Finding(
-            waiting_for=f"the end of {', '.join(undecided)}: of the right time and size ({job.count})"
-        )
+        return Finding(waiting_for=f"the end of {', '.join(undecided)}: of the right time and size ({job.count})")
 
 
 def read_row(line: bytes, batch_id: str | None) -> Row | None:

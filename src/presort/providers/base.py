@@ -340,9 +340,7 @@ class Provider(ABC):
         """Ask for the end of a batch. One that has ended already is no error."""
 
     @abstractmethod
-    async def find(
-        self, channel: Channel, key: BatchKey, job: Job, ids: Sequence[str], known: KnownBatch
-    ) -> Finding:
+    async def find(self, channel: Channel, key: BatchKey, job: Job, ids: Sequence[str], known: KnownBatch) -> Finding:
         """Search for a batch whose create was answered to nobody.
 
         `job.create_at` is when the create was about to be sent; `ids` are the job's custom_ids, to recognise

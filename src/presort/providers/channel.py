@@ -31,9 +31,7 @@ _LEGAL_HEADER_VALUE = re.compile(r"[\t\x20-\x7e]*")
 _FRAMING_HEADERS = frozenset({"connection", "content-length", "host", "transfer-encoding"})
 """What describes this exchange, not the call: a caller's own would be wrong here."""
 
-_SECRET_HEADERS = frozenset(
-    {"authorization", "x-api-key", "api-key", "x-goog-api-key", "proxy-authorization"}
-)
+_SECRET_HEADERS = frozenset({"authorization", "x-api-key", "api-key", "x-goog-api-key", "proxy-authorization"})
 
 
 class HttpChannel:
@@ -105,9 +103,7 @@ class HttpChannel:
                     raise GarbledError(f"{_name(request)}: the answer is longer than {MAX_REPLY_BYTES} bytes")
             return Reply(response.status_code, dict(response.headers), bytes(body))
 
-    async def lines(
-        self, path: str, *, headers: Mapping[str, str] | None = None
-    ) -> AsyncGenerator[bytes, None]:
+    async def lines(self, path: str, *, headers: Mapping[str, str] | None = None) -> AsyncGenerator[bytes, None]:
         r"""Stream the lines of a download, without their ends (`\n` or `\r\n`); the last needs none.
 
         Args:
@@ -180,9 +176,7 @@ class HttpChannel:
             raise AnswerLostError(f"{_name(request)}: {_describe(error)}") from error
         try:
             if response.status_code >= 300:
-                raise RefusedError(
-                    response.status_code, dict(response.headers), self._blot(await _head(response))
-                )
+                raise RefusedError(response.status_code, dict(response.headers), self._blot(await _head(response)))
             yield response
         except (httpx2.HTTPError, OSError) as error:
             raise AnswerLostError(f"{_name(request)}: {_describe(error)}") from error
