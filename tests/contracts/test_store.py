@@ -1981,3 +1981,31 @@ def test_errors_hold_no_prompt(store: Store) -> None:
     assert isinstance(caught.value.__cause__, DBAPIError)
     assert "my words" not in str(caught.value) + str(caught.value.__cause__)
     assert "\n" not in str(caught.value)
+
+
+def test_withdraw_from_an_unsent_job(store: Store) -> None:
+    """A request leaves a job that nobody has begun to submit; the job shrinks, and goes with its last request."""
+    first, second = admit(store, new("one"), new("two"))
+    store.form_job(pending(), [first.id, second.id])
+    job_id = pending().id
+
+    assert [first.id] == store.withdraw_unsent([first.id])
+    left = store.job(job_id)
+    assert left is not None
+    assert (1, [second.custom_id]) == (left.count, store.custom_ids(job_id))
+    assert sum(len(body) for _, body in store.rows(job_id, None, 9)) == left.size_bytes
+
+    assert [second.id] == store.withdraw_unsent([first.id, second.id])
+    assert store.job(job_id) is None
+
+
+def test_withdraw_from_a_job_in_hand(store: Store) -> None:
+    """Nothing leaves a job that is under lease or was sent: its requests are counted already."""
+    [only] = admit(store, new("one"))
+    store.form_job(pending(), [only.id])
+    [claimed] = store.claim_jobs("me", 10.0, 60.0, 9)
+    assert [] == store.withdraw_unsent([only.id])
+
+    store.update_job(claimed.job, {"state": JobState.SUBMITTED, "batch_id": "b"}, release=True)
+    assert [] == store.withdraw_unsent([only.id])
+    assert [] == store.withdraw([only.id])

@@ -136,7 +136,6 @@ def test_detached_call_is_attached_again(make_bench):
     anew.cancel()
 
 
-@pytest.mark.xfail(reason="`Store.withdraw` takes back what is queued only, not what waits in an unsent job")
 def test_cancelled_in_an_unsent_job(make_bench):
     """A call cancelled while its job waits to be submitted for the first time is withdrawn, and never asked."""
     bench = make_bench()

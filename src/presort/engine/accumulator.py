@@ -24,7 +24,7 @@ from presort.providers import provider
 from presort.request import BatchKey, Payload, RequestState
 from presort.routing import cut, flush_due
 from presort.store.base import Admitted, LedgerRow, NewRequest
-from presort.telemetry import fell_back, warn
+from presort.telemetry import fell_back, logger, warn
 
 ADMIT_CHUNK = 500
 _ADOPT_EVERY_SECONDS = 5.0
@@ -231,7 +231,11 @@ class Accumulator:
             return
         if parcel.listener is None or not self._core.waiters.discard(parcel.request_id, parcel.listener):
             return
-        gone = await self._core.db(self._core.store.withdraw, [parcel.request_id])
+        store = self._core.store
+        gone = await self._core.db(store.withdraw, [parcel.request_id])
+        gone = gone or await self._core.db(store.withdraw_unsent, [parcel.request_id])
+        if not gone:
+            logger.info("a caller left; its request %s is under way and will be collected", parcel.request_id)
         for request_id in gone:
             self._core.requested.pop(request_id, None)
         for bucket in self._buckets.values():

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, func, or_, select, union, update
+from sqlalchemy import Connection, Select, and_, delete, func, or_, select, union, update
 
 from presort.job import Job, JobState
 from presort.request import BatchKey, Request, RequestState, custom_id, split_custom_id
@@ -16,6 +16,7 @@ from presort.store import rows
 from presort.store.base import ClaimedJob, JobView, QueueView, Route
 from presort.store.owners import Owners
 from presort.store.schema import (
+    NO,
     SETTLED,
     batch_keys,
     bodies,
@@ -53,6 +54,49 @@ class Jobs(Owners):
             requests.c.job_id == old_job_id, requests.c.state == RequestState.IN_JOB.value
         )
         return self._form(job, request_ids, there, attempts=1)
+
+    def withdraw_unsent(self, ids: Sequence[str]) -> list[str]:
+        """Delete those of the requests whose job nobody has begun to submit nor holds; return their ids.
+
+        The job shrinks with them, and goes with its last one. One that another owner has attached to stays.
+
+        Dying inside: all are withdrawn, or none.
+        """
+        if not ids:
+            return []
+        with self._db.write() as connection:
+            unsent = connection.scalars(
+                select(jobs.c.id)
+                .where(
+                    jobs.c.id.in_(select(requests.c.job_id).where(self._db.among(requests.c.id, ids))),
+                    jobs.c.state.in_([JobState.PENDING.value, JobState.NEEDS_KEY.value]),
+                    jobs.c.create_at.is_(None),
+                    jobs.c.input_ref.is_(None),
+                    jobs.c.batch_id.is_(None),
+                    jobs.c.lease_owner.is_(None),
+                )
+                .order_by(jobs.c.id)
+                .with_for_update(skip_locked=True)
+            ).all()
+            in_them = select(requests.c.id, requests.c.job_id, requests.c.body_bytes).where(
+                self._db.among(requests.c.job_id, unsent),
+                requests.c.state == RequestState.IN_JOB.value,
+                requests.c.shared == NO,
+            )
+            found = self._lock(connection, in_them, ids)
+            for job_id in sorted({row.job_id for row in found}):
+                gone = [row for row in found if row.job_id == job_id]
+                connection.execute(
+                    update(jobs)
+                    .where(jobs.c.id == job_id)
+                    .values(
+                        count=jobs.c.count - len(gone),
+                        size_bytes=jobs.c.size_bytes - sum(row.body_bytes for row in gone),
+                    )
+                )
+                connection.execute(delete(jobs).where(jobs.c.id == job_id, jobs.c.count <= 0))
+            self._delete(connection, [row.id for row in found])
+            return [row.id for row in found]
 
     def claim_jobs(self, owner: str, now: float, lease_seconds: float, limit: int) -> list[ClaimedJob]:
         """Lease the jobs that are due, not COMPLETED and not under a live lease (of anybody).
