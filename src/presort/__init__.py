@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from presort import errors
-    from presort.api import stream, submit, wrap
+    from presort.api import payload, stream, submit, wrap
     from presort.context import batch, run, urgent
     from presort.langchain import OptimizedLLMWrapper
     from presort.runtime import close, configure, drain, finish_run, flush, jobs
@@ -31,6 +31,7 @@ _HOMES = {
     "finish_run": "presort.runtime",
     "flush": "presort.runtime",
     "jobs": "presort.runtime",
+    "payload": "presort.api",
     "run": "presort.context",
     "stream": "presort.api",
     "submit": "presort.api",
@@ -49,6 +50,7 @@ __all__ = [
     "finish_run",
     "flush",
     "jobs",
+    "payload",
     "run",
     "stream",
     "submit",

@@ -112,10 +112,11 @@ def test_kill_at_random(emulator, tmp_path, provider):
     assert 60 == len(asked) == len(set(asked))
 
 
-def test_unnamed_calls_are_attached_again(emulator, tmp_path):
-    """Unnamed calls killed after submission are not asked again by the next process."""
-    options = options_for(emulator, tmp_path, "anthropic", mode="park")
-    first = start({**options, "kill_at": "poller.collecting"}, tmp_path)
+@pytest.mark.parametrize("point", ["submitter.submitted", "poller.collecting", "poller.collected"])
+def test_unnamed_calls_are_attached_again(emulator, tmp_path, point):
+    """Unnamed calls killed before collection or after it, but not handed out, are not asked again by the next process."""
+    options = options_for(emulator, tmp_path, "anthropic", mode="park", batch=100)
+    first = start({**options, "kill_at": point}, tmp_path)
     first.communicate(timeout=60)
     assert -signal.SIGKILL == first.returncode
 
