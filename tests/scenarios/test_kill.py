@@ -114,7 +114,7 @@ def test_kill_at_random(emulator, tmp_path, provider):
 
 @pytest.mark.parametrize("point", ["submitter.submitted", "poller.collecting", "poller.collected"])
 def test_unnamed_calls_are_attached_again(emulator, tmp_path, point):
-    """Unnamed calls killed before collection or after it, but not handed out, are not asked again by the next process."""
+    """Unnamed calls killed before or after collection, but before hand-out, are not asked again by the next process."""
     options = options_for(emulator, tmp_path, "anthropic", mode="park", batch=100)
     first = start({**options, "kill_at": point}, tmp_path)
     first.communicate(timeout=60)
