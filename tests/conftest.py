@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Keep the tests out of the user's own configuration and state, and those who run them out of the tests."""
+    home = tempfile.mkdtemp(prefix="presort-tests-")
+    for variable in ("XDG_CONFIG_HOME", "XDG_STATE_HOME"):
+        os.environ[variable] = os.path.join(home, variable.lower())  # noqa: PTH118
+    os.environ["PRESORT_TEST_HOME"] = home
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(os.environ.pop("PRESORT_TEST_HOME"), ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from presort.errors import ConfigurationError
 
 TABLE = Path(__file__).parent.parent / "docs" / "api.md"
 ISSUE = """
-configure wrap OptimizedLLMWrapper batch urgent run submit stream flush drain close jobs transport errors finish_run payload
+configure wrap OptimizedLLMWrapper batch urgent run submit stream flush drain close jobs transport errors
+finish_run payload
 """.split()
 
 

@@ -821,6 +821,16 @@ def test_release(store: Store) -> None:
     assert 2 == claimed.request.attempt
 
 
+def test_release_of_what_was_not_sent(store: Store) -> None:
+    """A request that waits for a key keeps its attempt, however often it is looked at."""
+    (request,) = on_standard(store, new())
+    for now in range(1, 150):
+        (claimed,) = store.claim_standard("me", now, 10)
+        store.release_standard("me", [request.id], sent=False)
+
+    assert 1 == claimed.request.attempt
+
+
 # -- outcomes ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "outcome",

@@ -183,7 +183,7 @@ class Settler:
         vendor = provider(key.provider)
         channel = await core.keyring.channel(key)
         if channel is None:
-            await self._surely(core.db, core.store.release_standard, core.owner, [request.id])
+            await self._surely(core.db, core.store.release_standard, core.owner, [request.id], sent=False)
             self._rest_until = core.clock() + _NO_KEY_PAUSE_SECONDS
             warn(f"needs_key:{key.id}", f"fallbacks wait for a key of their account; set {vendor.key_variable}")
             return

@@ -175,16 +175,16 @@ class Requests(Admission, Ledger):
             self._book(connection, [_doubt(claimed, now) for claimed in rescued])
             return rescued
 
-    def release_standard(self, owner: str, ids: Sequence[str]) -> None:
-        """Put ON_STANDARD requests of `owner` back in the queue (QUEUED there, attempt + 1).
+    def release_standard(self, owner: str, ids: Sequence[str], *, sent: bool = True) -> None:
+        """Put ON_STANDARD requests of `owner` back in the queue: QUEUED there, and if they were sent, attempt + 1.
 
-        They provably were not sent, or were refused for now.
+        What was sent was refused for now, or is on the books as in doubt.
 
         Dying inside: all are queued again, or all are still in doubt.
         """
         with self._db.write() as connection:
             mine = select(requests.c.id).where(on_standard, requests.c.sender == owner)
-            self._requeue(connection, [row.id for row in self._lock(connection, mine, ids)])
+            self._requeue(connection, [row.id for row in self._lock(connection, mine, ids)], attempts=int(sent))
 
     def settle(self, items: Sequence[Settlement], now: float) -> list[str]:
         """Write outcomes, each request's first only; book every ledger row; return the ids that were first.
@@ -266,12 +266,12 @@ class Requests(Admission, Ledger):
                 connection.execute(delete(answers).where(self._db.among(answers.c.id, gone)))
 
     # -- inside a transaction --------------------------------------------------------------------------------
-    def _requeue(self, connection: Connection, ids: Sequence[str]) -> None:
+    def _requeue(self, connection: Connection, ids: Sequence[str], *, attempts: int = 1) -> None:
         self._update(
             connection,
             ids,
             state=RequestState.QUEUED.value,
-            attempt=requests.c.attempt + 1,
+            attempt=requests.c.attempt + attempts,
             sender=None,
         )
 
