@@ -164,11 +164,10 @@ class Settler:
                 warn("standard", f"cannot read the store, trying again: {error}")
 
     async def rescue(self) -> None:
-        """Take over standard calls of dead processes: possibly paid for, and to be sent again."""
+        """Take over standard calls of dead processes: booked as possibly paid for by the store, to be sent again."""
         core = self._core
         rescued = await core.db(core.store.rescue_standard, core.clock())
         if rescued:
-            await core.db(core.store.book, [self._doubt(item) for item in rescued])
             warn("in_doubt", f"{len(rescued)} standard calls were cut off by a crash: in doubt, sent again")
             core.standard_due.set()
 

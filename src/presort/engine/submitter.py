@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from presort.engine.accumulator import new_job
 from presort.engine.core import Core, backoff
 from presort.engine.failpoints import reach
 from presort.engine.settler import Settler
@@ -37,8 +36,8 @@ _BUSY_PAUSE_SECONDS = 0.5
 _SEARCH_PAUSE_SECONDS = 2.0
 _ROW_PAGE = 200
 
-_DOUBTFUL_STATUSES = frozenset({408, 500, 502, 504})
-"""Refusals of a create that a broken gateway may give although the vendor took it."""
+_TIMED_OUT = 408
+"""The one refusal of a create that may come from a gateway although the vendor took it; providers see to the 5xx."""
 
 
 class _BusyError(Exception):
@@ -86,7 +85,7 @@ class Submitter:
                 steps.job, backoff(claimed.job.failures), f"cannot reach {key.base_url}: {error}", failed=True
             )
         except RefusedError as refusal:
-            if steps.job.create_at is not None and refusal.status in _DOUBTFUL_STATUSES:
+            if steps.job.create_at is not None and refusal.status == _TIMED_OUT:
                 await self._in_doubt(steps.job, str(refusal))
             else:
                 await self._refused(claimed, steps.job, vendor, refusal)
@@ -255,6 +254,3 @@ class _StoredRows:
             for row in page:
                 yield row
             after = page[-1][0]
-
-
-__all__ = ["KEY_PAUSE_SECONDS", "LIMIT_PAUSE_SECONDS", "Submitter", "new_job"]
